@@ -1,0 +1,50 @@
+"""Errors that a user can mend, and the exit code of each: one line for the message, one number for the shell."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_PREEMPTED = 75
+
+
+class DigrapError(Exception):
+    """Base of the errors that end a run with one line. ``exit_code`` is the process's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(DigrapError):
+    """The config, the data or a combination of options is wrong (exit 2).
+
+    Args:
+        problems: one line each; all of them are shown, so that a user mends them in one go.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(DigrapError):
+    """A checkpoint or a reference cannot be used (exit 3)."""
+
+    exit_code = 3
+
+
+class SaveError(DigrapError):
+    """Results could not be written (exit 4)."""
+
+    exit_code = 4
+
+
+class PeerError(DigrapError):
+    """Another process failed or hung (exit 5)."""
+
+    exit_code = 5
+
+
+class NonFiniteError(DigrapError):
+    """Too many steps in a row had a gradient that is not finite (exit 1): the run has diverged."""
+
+    exit_code = 1

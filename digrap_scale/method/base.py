@@ -1,0 +1,122 @@
+"""What a method is: reduced statistics in, per-layer numbers out, shards changed in place. It knows no process group.
+
+Shapes: L layers, K statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from digrap_scale.method import statistics as S
+from digrap_scale.types import ShardView
+
+
+class Method:
+    """A fine-tuning method, as the projector drives it; the base class itself is plain fine-tuning.
+
+    In the optimizer's pre hook: ``statistics`` → (reduced over ranks) → ``update`` → ``apply_``.
+    In its post hook, where ``acts_on_update``: ``update_statistics`` → (reduced) → ``apply_update_``.
+
+    Attributes:
+        name: the config's word for it.
+        uses_reference: whether it looks at pre-trained weights at all.
+        needs_previous: whether ``view.previous``, the weights before the last optimizer step, must be kept.
+        acts_on_update: whether it has something to do after the optimizer's step.
+    """
+
+    name = "none"
+    uses_reference = False
+    needs_previous = False
+    acts_on_update = False
+
+    def prepare(self, projected_L: torch.Tensor) -> None:
+        """Called once: ``projected_L`` [L] bool tells which layers have a reference."""
+        self.projected_L = projected_L
+
+    def statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
+        """Local gradient statistics [L, 4] float64 on the shards' device; the backend then sums them over ranks."""
+        return S.gradient_statistics(views, with_previous=self.needs_previous)
+
+    def update(self, stats_LK: torch.Tensor, lr_L: torch.Tensor) -> None:
+        """Take the reduced statistics of a finite step (CPU float64 [L, 4], of the clipped gradient) and the layers'
+        learning rates ([L] float64)."""
+
+    def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
+        """Change the gradients in place; ``views`` are the rows ``layers``. ``clip`` ≤ 1 scales every gradient."""
+        scale_gradients_(views, clip)
+
+    def update_statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
+        """Local statistics [L, 2] float64 of the optimizer's update, for methods that act on it."""
+        return S.update_statistics(views)
+
+    def apply_update_(self, views: Sequence[ShardView], layers: Sequence[int], stats_LK: torch.Tensor) -> None:
+        """Change the new weights in place, from the reduced update statistics (CPU float64, a row a view)."""
+
+    def conflict(self) -> torch.Tensor:
+        """[L] bool: layers that were in conflict in the last step."""
+        return torch.zeros_like(self.projected_L)
+
+    def strength(self) -> torch.Tensor:
+        """[L] float32: ω of every layer (0 where the method has none)."""
+        return torch.zeros(len(self.projected_L))
+
+    def state(self) -> dict[str, Any]:
+        """State that must survive: [L] tensors and plain numbers."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state``."""
+
+
+def scale_gradients_(views: Sequence[ShardView], clip: float) -> None:
+    """g ← clip · g (torch's clipping; nothing to do for clip = 1)."""
+    if clip != 1.0:
+        for view in views:
+            if view.grad is not None:
+                view.grad.mul_(clip)
+
+
+def add_displacement_(
+    views: Sequence[ShardView], factors: Sequence[float], target: str, of: str = "weight", scale: float = 1.0
+) -> None:
+    """x ← scale · x + factor · (θ − θ₀) in place, one pass over memory.
+
+    Args:
+        views: shards to change.
+        factors: one a view; 0 leaves a view's direction alone.
+        target: what x is, ``"grad"`` or ``"weight"``.
+        of: which θ is meant, ``"weight"`` (the present one) or ``"previous"`` (before the optimizer's step).
+        scale: factor of x itself.
+    """
+    active: list[ShardView] = []
+    active_factors: list[float] = []
+    for view, factor in zip(views, factors, strict=True):
+        if getattr(view, target) is None:
+            continue
+        if factor == 0.0 or not view.projected:
+            if scale != 1.0:
+                getattr(view, target).mul_(scale)
+            continue
+        active.append(view)
+        active_factors.append(factor)
+    for span in S.spans(active, range(len(active))):
+        weight = S.gather(span, of)
+        assert weight is not None, f"{of} is needed for {span.views[0].spec.name}"
+        d = S.displacement(weight, S.gather(span, "reference"))
+        if span.lengths:
+            pieces = list(d.split(span.lengths))
+            targets = [getattr(view, target) for view in span.views]
+        else:
+            pieces = [d]
+            targets = [getattr(span.views[0], target)[span.start : span.stop]]
+        for tensor, piece, position in zip(targets, pieces, span.layers, strict=True):
+            # The sum is taken in float32 and rounded once where the target is narrower.
+            exact = tensor if tensor.dtype == torch.float32 else tensor.float()
+            if scale != 1.0:
+                exact.mul_(scale)
+            exact.add_(piece, alpha=active_factors[position])
+            if exact is not tensor:
+                tensor.copy_(exact)

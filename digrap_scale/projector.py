@@ -1,0 +1,371 @@
+"""Where method, backend and reference meet: inside ``optimizer.step()``, in torch's optimizer step hooks.
+
+A step's walk, in the pre hook: views → statistics → one all-reduce → the method's per-layer update → gradients changed
+in place; then the optimizer's own step; then, for methods that act on the update, the same walk once more.
+Shapes: L layers, K statistics, N local elements.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from digrap_scale.errors import CheckpointError, ConfigError
+from digrap_scale.method import statistics as S
+from digrap_scale.method.base import Method
+from digrap_scale.method.build import build_method
+from digrap_scale.reference.names import match_names, tied_aliases
+from digrap_scale.reference.store import SafetensorsReader, load_slices
+from digrap_scale.sharding.base import Backend, unwrapped_name
+from digrap_scale.sharding.build import detect_backend, is_deepspeed_engine, unwrap
+from digrap_scale.types import ShardView
+
+logger = logging.getLogger(__name__)
+
+Reference = str | Path | Mapping[str, torch.Tensor]
+# Weights that PEFT starts at (or multiplies to) zero: their pre-trained value is "no change", so d = θ.
+_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
+
+
+@dataclass
+class StepReport:
+    """What the last optimizer step looked like.
+
+    Attributes:
+        step: how many steps the projector has seen, skipped ones included.
+        grad_norm: global L2 norm of the gradient, before clipping and projection.
+        conflict_rate: share of the layers with a reference that were in conflict.
+        strength_mean: mean ω of the layers with a reference.
+        skipped: the gradient was not finite, so weights, moments and ω are untouched.
+        nonfinite_layers: the layers whose gradient was not finite.
+    """
+
+    step: int = 0
+    grad_norm: float = 0.0
+    conflict_rate: float = 0.0
+    strength_mean: float = 0.0
+    skipped: bool = False
+    nonfinite_layers: list[str] = field(default_factory=list)
+
+
+class Projector:
+    """A method, attached to an optimizer. Made by ``attach``; its state is keyed by parameter name."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        method: Method,
+        reference_L: Sequence[torch.Tensor | None],
+        projected_L: torch.Tensor,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.backend = backend
+        self.method = method
+        self.report = StepReport()
+        self._reference_L = reference_L
+        self._projected_L = projected_L
+        self._previous_L: list[torch.Tensor | None] = [None] * len(backend.specs)
+        self._max_grad_norm = max_grad_norm
+        method.prepare(projected_L)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in backend.hooked]
+
+    # The walk.
+
+    @torch.no_grad()
+    def _before_step(self, *_: object) -> None:
+        backend, method = self.backend, self.method
+        if backend.first_of_step():
+            views = self._views()
+            stats_LK = method.statistics(views)
+            backend.reduce_(stats_LK)
+            stats_LK = stats_LK.cpu()
+            clip = self._inspect(stats_LK)
+            if not self.report.skipped:
+                lr_L = torch.tensor([view.lr for view in views], dtype=torch.float64)
+                method.update(_clipped(stats_LK, clip), lr_L)
+                self._summarize()
+            self._clip = clip
+        if self.report.skipped:
+            backend.drop_gradients()
+            return
+        layers = backend.stepping()
+        views = self._views(layers)
+        method.apply_(views, layers, self._clip)
+        backend.write_back()
+        if method.needs_previous:
+            self._keep_weights(views, layers)
+
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        backend, method = self.backend, self.method
+        if method.acts_on_update and not self.report.skipped:
+            layers = backend.stepping()
+            views = self._views(layers)
+            stats_LK = method.update_statistics(views)
+            backend.reduce_(stats_LK)
+            method.apply_update_(views, layers, stats_LK.cpu())
+            self._summarize()
+        backend.finish_step()
+
+    # Its parts.
+
+    def _views(self, layers: Sequence[int] | None = None) -> list[ShardView]:
+        """The backend's views with the reference and the previous weights filled in."""
+        numbers = range(len(self.backend.specs)) if layers is None else layers
+        views = self.backend.views(layers)
+        for layer, view in zip(numbers, views, strict=True):
+            reference = self._reference_L[layer]
+            view.reference, view.projected = reference, bool(self._projected_L[layer])
+            view.previous = self._previous_L[layer]
+        return views
+
+    def _inspect(self, stats_LK: torch.Tensor) -> float:
+        """Fill the report from reduced statistics; return the clipping factor (1 = none)."""
+        finite_L = torch.isfinite(stats_LK).all(dim=1)
+        names = [spec.name for spec, finite in zip(self.backend.specs, finite_L.tolist(), strict=True) if not finite]
+        norm = math.sqrt(float(stats_LK[:, S.GRAD_SQ].sum())) if not names else math.nan
+        before_clipping = self.backend.grad_norm_before_clipping()
+        self._start_report(norm if before_clipping is None else before_clipping, names)
+        if names or self._max_grad_norm is None:
+            return 1.0
+        # torch.nn.utils.clip_grad_norm_'s formula.
+        return min(1.0, self._max_grad_norm / (norm + 1e-6))
+
+    def _start_report(self, grad_norm: float, nonfinite_layers: list[str]) -> None:
+        self.report = StepReport(
+            step=self.report.step + 1,
+            grad_norm=grad_norm,
+            conflict_rate=0.0,
+            strength_mean=self.report.strength_mean,
+            skipped=bool(nonfinite_layers),
+            nonfinite_layers=nonfinite_layers,
+        )
+
+    def _summarize(self) -> None:
+        count = max(1, int(self._projected_L.sum()))
+        self.report.conflict_rate = float((self.method.conflict() & self._projected_L).sum()) / count
+        self.report.strength_mean = float(self.method.strength()[self._projected_L].double().sum()) / count
+
+    def _keep_weights(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Remember θ_{t-1} of the layers that are about to be stepped, for d_{t-1} and the update."""
+        for layer, view in zip(layers, views, strict=True):
+            if not view.projected:
+                continue
+            kept = self._previous_L[layer]
+            if kept is None:
+                self._previous_L[layer] = view.weight.clone()
+            else:
+                kept.copy_(view.weight)
+
+    # For users.
+
+    def strength(self) -> dict[str, float]:
+        """ω of every layer that has a reference, by parameter name (as in the unwrapped model)."""
+        values = self.method.strength().tolist()
+        return {
+            spec.name: values[layer] for layer, spec in enumerate(self.backend.specs) if bool(self._projected_L[layer])
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, by parameter name: independent of world size and backend.
+
+        Under sharding this is a collective: all ranks call it, and the weights before the last step (kept by methods that
+        look back at them) are gathered into full float tensors on the CPU.
+        """
+        names = [spec.name for spec in self.backend.specs]
+        scalars, layers = {}, {}
+        for key, value in self.method.state().items():
+            if isinstance(value, torch.Tensor):
+                layers[key] = dict(zip(names, value.unbind(), strict=True))
+            else:
+                scalars[key] = value
+        previous = {
+            names[layer]: self.backend.gather(layer, kept).cpu()
+            for layer, kept in enumerate(self._previous_L)
+            if kept is not None
+        }
+        return {
+            "method": self.method.name,
+            "step": self.report.step,
+            "scalars": scalars,
+            "layers": layers,
+            "previous": previous,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``state_dict``, on any backend and world size.
+
+        Raises:
+            CheckpointError: the state is of another method, or of other layers.
+        """
+        if state["method"] != self.method.name:
+            raise CheckpointError(f"method state is of {state['method']!r}, expected {self.method.name!r}")
+        names = [spec.name for spec in self.backend.specs]
+        restored: dict[str, Any] = dict(state["scalars"])
+        for key, values in state["layers"].items():
+            differing = sorted(set(values) ^ set(names))
+            if differing:
+                raise CheckpointError(
+                    f"method state: {len(differing)} layers differ between the state and the model, first {differing[0]!r}"
+                )
+            restored[key] = torch.stack([values[name] for name in names])
+        weights = self.backend.weights()
+        for layer, spec in enumerate(self.backend.specs):
+            full = state["previous"].get(spec.name)
+            self._previous_L[layer] = (
+                None if full is None else full.reshape(-1)[spec.start : spec.stop].to(weights[layer]).clone()
+            )
+        if restored:
+            self.method.load(restored)
+        self.report = StepReport(step=int(state["step"]))
+
+    def note_engine_skip(self) -> None:
+        """Report a step that the engine itself skipped (overflow) before it called the optimizer. Collective."""
+        self._start_report(math.inf, self.backend.nonfinite_layers() or ["(not known)"])
+
+    def detach(self) -> None:
+        """Remove the hooks; the optimizer is plain again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _clipped(stats_LK: torch.Tensor, clip: float) -> torch.Tensor:
+    """The statistics of clip · g, from those of g."""
+    if clip == 1.0:
+        return stats_LK
+    scaled_LK = stats_LK.clone()
+    scaled_LK[:, [S.GRAD_DISPLACEMENT, S.GRAD_PREVIOUS]] *= clip
+    scaled_LK[:, S.GRAD_SQ] *= clip**2
+    return scaled_LK
+
+
+def attach(
+    model: Any,
+    optimizer: Optimizer | None = None,
+    *,
+    method: str | Method | None = "digrap",
+    reference: Reference | None = None,
+    reference_placement: Literal["device", "cpu"] = "device",
+    reference_rename: Mapping[str, str] | None = None,
+    not_projected: Sequence[str] = (),
+    max_grad_norm: float | None = None,
+    **method_options: Any,
+) -> Projector:
+    """Attach a method to an optimizer; nothing else in the training loop changes.
+
+    Args:
+        model: a plain module, a DDP module, one sharded by ``fully_shard``, or a DeepSpeed ZeRO-3 engine.
+        optimizer: the torch optimizer of the model's parameters; None for a DeepSpeed engine (its own is taken).
+        method: a name (``digrap``, ``digrap_update``, ``l2sp``, ``pcgrad``, ``spd``, ``none``), an instance from
+            ``digrap_scale.method``, or None (plain; still clips, skips non-finite steps and reports).
+        reference: θ₀. ``"initial"`` (a sharded copy of the weights as they are now); a safetensors file, index or
+            folder; a mapping of parameter name → full tensor (names absent from it are not projected); ``"zero"``; or
+            None: zero for LoRA adapters, an error for other parameters. With a path or a mapping, LoRA adapters have
+            reference zero, too.
+        reference_placement: where a rank keeps its slices: ``"device"`` (beside the weights) or ``"cpu"``.
+        reference_rename: regex → replacement, from parameter names to the file's names, where they differ.
+        not_projected: regexes of parameters that have no reference (a new head).
+        max_grad_norm: clip the global gradient norm before the projection, from the same reduction.
+        method_options: arguments of the method given by name (``strength_lr=1e-2``).
+
+    Returns:
+        The projector: ``report``, ``strength()``, ``state_dict()``, ``load_state_dict()``, ``detach()``.
+
+    Raises:
+        ConfigError: a combination that cannot work; the message says what to change.
+        CheckpointError: the reference does not fit the model; the message is the whole diff.
+    """
+    chosen = _method(method, method_options)
+    if reference_placement not in ("device", "cpu"):
+        raise ConfigError(f"reference_placement: expected 'device' or 'cpu', found {reference_placement!r}")
+    if max_grad_norm is not None:
+        if not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm: expected a positive number, found {max_grad_norm}")
+        if is_deepspeed_engine(model) and model.gradient_clipping() > 0:
+            raise ConfigError(
+                f"max_grad_norm={max_grad_norm}: the engine clips to {model.gradient_clipping()} already; set "
+                '"gradient_clipping": 0 in the DeepSpeed config, or leave max_grad_norm out'
+            )
+    backend = detect_backend(model, optimizer)
+    module = unwrap(model)
+    exempt = _matching(not_projected, [spec.name for spec in backend.specs])
+    reference_L: list[torch.Tensor | None] = [None] * len(backend.specs)
+    projected_L = torch.zeros(len(backend.specs), dtype=torch.bool)
+    if chosen.uses_reference:
+        reference_L, projected = _references(backend, module, reference, reference_rename or {}, exempt)
+        projected_L = torch.tensor(projected)
+        if reference_placement == "cpu":
+            reference_L = [None if tensor is None else tensor.cpu() for tensor in reference_L]
+        logger.info("method %s: %d of %d layers have a reference", chosen.name, int(projected_L.sum()), len(projected_L))
+    return Projector(backend, chosen, reference_L, projected_L, max_grad_norm)
+
+
+def _method(method: str | Method | None, options: dict[str, Any]) -> Method:
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(f"attach: {', '.join(options)}: options go with a method's name, not with an instance")
+        return method
+    return build_method("none" if method is None else method, **options)
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if re.search(pattern, name)}
+        if not matched:
+            raise ConfigError(f"not_projected: {pattern!r} matches no trained parameter (they are {names[0]!r}, …)")
+        found |= matched
+    return found
+
+
+def _references(
+    backend: Backend, module: torch.nn.Module, reference: Reference | None, rename: Mapping[str, str], exempt: set[str]
+) -> tuple[list[torch.Tensor | None], list[bool]]:
+    """Per layer: this rank's slice of θ₀ (None = zero or absent), and whether there is a θ₀ at all."""
+    weights = backend.weights()
+    slices: list[torch.Tensor | None] = [None] * len(weights)
+    adapters = {spec.name for spec in backend.specs if _ADAPTER.search(spec.name)}
+    others = [spec for spec in backend.specs if spec.name not in adapters and spec.name not in exempt]
+    projected = [spec.name not in exempt for spec in backend.specs]
+    if reference is None:
+        if others:
+            raise ConfigError(
+                f"a reference is needed for {len(others)} layers ({others[0].name}, …): pass reference='initial', the path "
+                "of the pre-trained safetensors, or a mapping of names to tensors"
+            )
+    elif isinstance(reference, Mapping):
+        for layer, (spec, weight) in enumerate(zip(backend.specs, weights, strict=True)):
+            if spec.name in reference and spec.name not in exempt:
+                slices[layer] = _slice_of(spec.name, reference[spec.name], spec.shape, spec.start, spec.stop).to(weight.device)
+            projected[layer] &= spec.name in reference or spec.name in adapters
+        if not any(projected):
+            raise ConfigError(f"reference: none of its {len(reference)} names is a trained parameter of the model")
+    elif str(reference) == "initial":
+        slices = [weight.clone() if on else None for weight, on in zip(weights, projected, strict=True)]
+    elif str(reference) != "zero" and others:
+        reader = SafetensorsReader(reference)
+        aliases = {
+            unwrapped_name(name): [unwrapped_name(alias) for alias in names]
+            for name, names in tied_aliases(module).items()
+        }
+        file_names = match_names(module, reader, others, aliases, rename)
+        devices = {weight.device for weight in weights}
+        assert len(devices) == 1, f"weights on several devices: {devices}"
+        slices = load_slices(reader, backend.specs, file_names, devices.pop())
+    return slices, projected
+
+
+def _slice_of(name: str, tensor: torch.Tensor, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"reference: {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+    return tensor.detach().reshape(-1)[start:stop].clone()

@@ -1,0 +1,126 @@
+"""From a checkpoint's tensor names to the model's parameter names, and what differs between the two."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from digrap_scale.errors import CheckpointError
+from digrap_scale.reference.store import SafetensorsReader
+from digrap_scale.types import ShardSpec
+
+
+def match_names(
+    model: nn.Module,
+    reader: SafetensorsReader,
+    specs: Sequence[ShardSpec],
+    aliases: Mapping[str, Sequence[str]],
+    rename: Mapping[str, str],
+    not_projected: Iterable[str] = (),
+) -> dict[str, list[str]]:
+    """Parameter name → the file's name(s) for it, checked: every layer found, shapes equal, dtypes floating.
+
+    Args:
+        model: the unwrapped model; a transformers model brings its own renaming rules between file and modules.
+        reader: the open checkpoint.
+        specs: the layers that train.
+        aliases: layer name → all names of that parameter in the model (several if tied).
+        rename: regex → replacement on the model's parameter names, tried before anything else.
+        not_projected: names of layers that need no reference (a new head); they are left out.
+
+    Raises:
+        CheckpointError: layers without a tensor, or with one of another shape; the message is the whole diff.
+    """
+    exempt = set(not_projected)
+    by_model_name = _file_names_by_model_name(model, reader)
+    found: dict[str, list[str]] = {}
+    missing: list[str] = []
+    reshaped: list[str] = []
+    for spec in specs:
+        if spec.name in exempt:
+            continue
+        names = [_find(alias, reader, by_model_name, rename) for alias in aliases.get(spec.name, [spec.name])]
+        present = list(dict.fromkeys(name for name in names if name is not None))
+        if not present:
+            missing.append(spec.name)
+            continue
+        for name in present:
+            if reader.shapes[name] != spec.shape:
+                reshaped.append(f"{spec.name}: expected shape {list(spec.shape)}, found {list(reader.shapes[name])} in {name}")
+            elif not reader.dtypes[name].startswith(("F", "BF")):
+                reshaped.append(f"{spec.name}: expected a floating dtype, found {reader.dtypes[name]} in {name}")
+        found[spec.name] = present
+    if missing or reshaped:
+        raise CheckpointError(_diff(reader, missing, reshaped, {name for names in found.values() for name in names}))
+    return found
+
+
+def _find(
+    name: str, reader: SafetensorsReader, by_model_name: Mapping[str, str], rename: Mapping[str, str]
+) -> str | None:
+    for pattern, replacement in rename.items():
+        renamed, count = re.subn(pattern, replacement, name)
+        if count and renamed in reader:
+            return renamed
+    if name in by_model_name:
+        return by_model_name[name]
+    return name if name in reader else None
+
+
+def _diff(reader: SafetensorsReader, missing: list[str], reshaped: list[str], used: set[str]) -> str:
+    spare = [name for name in reader.names() if name not in used]
+    lines = [f"{reader.path}: this reference does not fit the model ({len(missing)} missing, {len(reshaped)} different)"]
+    for name in missing:
+        near = difflib.get_close_matches(name, spare, n=1, cutoff=0.5)
+        lines.append(f"  missing: {name}" + (f" (nearest in the file: {near[0]})" if near else ""))
+    lines += [f"  different: {line}" for line in reshaped]
+    lines += [f"  not used: {name}" for name in spare]
+    lines.append("  names that differ can be mapped by reference.rename (regex: replacement)")
+    return "\n".join(lines)
+
+
+def _file_names_by_model_name(model: nn.Module, reader: SafetensorsReader) -> dict[str, str]:
+    """The renaming that transformers applies when it loads this file, turned round; identity for other models."""
+    import transformers
+
+    if not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    # Not exported at transformers' top level, but shared with PEFT and pinned by tests/reference.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    twin = _plain_twin(model)
+    mapping = get_model_conversion_mapping(twin)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    meta = twin.state_dict()
+    names: dict[str, str] = {}
+    for file_name in reader.names():
+        model_name, converted = rename_source_key(file_name, renamings, converters, twin.base_model_prefix, meta)
+        if converted is None:
+            names[model_name] = file_name
+    return names
+
+
+def _plain_twin(model: nn.Module) -> nn.Module:
+    """The same architecture without weights and wrappers (FSDP2 changes a module's class, ZeRO-3 its parameters)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    plain = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    with torch.device("meta"):
+        twin: nn.Module = plain(model.config)
+    return twin
+
+
+def tied_aliases(model: nn.Module) -> dict[str, list[str]]:
+    """First name of every parameter → all its names (``named_parameters`` gives a tied parameter once)."""
+    first: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = first.setdefault(id(parameter), name)
+        aliases.setdefault(key, []).append(name)
+    return aliases

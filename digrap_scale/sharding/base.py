@@ -1,0 +1,161 @@
+"""What a sharding backend gives to the projector: this rank's shards as flat views, and one reduction.
+
+It never asks which method runs. Shapes: L layers, K statistics, N local elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from digrap_scale.errors import ConfigError
+from digrap_scale.types import ShardSpec, ShardView
+
+# What wrappers put into parameter names, none of which a checkpoint knows.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name in the unwrapped model (without the marks of compile, checkpoint and FSDP wrappers)."""
+    for mark in _WRAPPERS:
+        name = name.replace(mark, "")
+    return name
+
+
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
+    """(name, parameter, its group) of every parameter that ``optimizer`` trains, in the model's order; tied ones once.
+
+    Raises:
+        ConfigError: the optimizer holds a trainable tensor that is no parameter of the model, or none at all.
+    """
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    found = []
+    for name, parameter in model.named_parameters():
+        group = group_of.pop(id(parameter), None)
+        if group is not None:
+            found.append((unwrapped_name(name), parameter, group))
+    if group_of:
+        shapes = [
+            tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) in group_of
+        ]
+        raise ConfigError(
+            f"the optimizer trains {len(shapes)} tensors that are no parameters of the model (shapes {shapes[:3]}): "
+            "build the optimizer after wrapping the model, and pass the same model to attach()"
+        )
+    if not found:
+        raise ConfigError("the optimizer trains no parameter of the model: nothing to attach to")
+    return found
+
+
+class Backend:
+    """Plain tensors in one process, and the base of the others.
+
+    Attributes:
+        name: the config's word for it.
+        specs: one a layer, in an order that is the same on all ranks.
+        hooked: the torch optimizers whose step hooks drive the projector.
+    """
+
+    name = "single"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._trained = trained_parameters(model, optimizer)
+        self.hooked: list[Optimizer] = [optimizer]
+        self.specs: list[ShardSpec] = [self.spec(name, parameter) for name, parameter, _ in self._trained]
+        self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
+        """Which elements of ``parameter`` this rank holds."""
+        return ShardSpec(name, tuple(parameter.shape), 0, parameter.numel())
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter, a gradient or an optimizer state tensor."""
+        return tensor.detach()
+
+    def weights(self) -> list[torch.Tensor]:
+        """[N] flat weights of every layer, aliasing what the optimizer steps."""
+        return [self._flat_weight(spec, parameter) for spec, (_, parameter, _) in zip(self.specs, self._trained, strict=True)]
+
+    def views(self, layers: Sequence[int] | None = None) -> list[ShardView]:
+        """The shards of ``layers`` (all by default) with their gradients; reference and previous are not filled."""
+        self._copied = []
+        views = []
+        for layer in range(len(self.specs)) if layers is None else layers:
+            spec, (_, parameter, group) = self.specs[layer], self._trained[layer]
+            weight = self._flat_weight(spec, parameter)
+            grad = None if parameter.grad is None else self._flat_grad(self.local(parameter.grad))
+            views.append(ShardView(spec, weight, grad, lr=float(group["lr"])))
+        return views
+
+    def stepping(self) -> Sequence[int]:
+        """The layers that the optimizer step under way will change (all of them, but for ZeRO's sub-groups)."""
+        return range(len(self.specs))
+
+    def first_of_step(self) -> bool:
+        """Whether the optimizer step under way is the first of a training step (ZeRO takes one per sub-group)."""
+        return True
+
+    def reduce_(self, stats_LK: torch.Tensor) -> None:
+        """Sum statistics over the ranks that hold different shards, in place: one all-reduce, or none for replicas."""
+
+    def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
+        """The full tensor, on every rank, whose [N] parts (of layer ``layer``) the ranks hold. Collective if sharded."""
+        return local.view(self.specs[layer].shape)
+
+    def write_back(self) -> None:
+        """Bring changes of gradients that had to be copied back to where the optimizer reads them."""
+        for original, copy in self._copied:
+            original.copy_(copy.view(original.shape))
+        self._copied = []
+
+    def drop_gradients(self) -> None:
+        """Make the optimizer leave weights and state alone in the step under way: torch's optimizers skip ``None``."""
+        for _, parameter, _ in self._trained:
+            parameter.grad = None
+
+    def finish_step(self) -> None:
+        """Called after the optimizer's step."""
+
+    def grad_norm_before_clipping(self) -> float | None:
+        """The gradient norm as an engine measured it before clipping, or None where the hook sees it unclipped."""
+        return None
+
+    def nonfinite_layers(self) -> list[str]:
+        """Names of layers whose gradient is not finite, for a step that the engine skipped without calling the optimizer."""
+        return []
+
+    def _flat_weight(self, spec: ShardSpec, parameter: nn.Parameter) -> torch.Tensor:
+        local = self.local(parameter)
+        if not local.is_contiguous():
+            raise ConfigError(
+                f"{spec.name}: its memory is not contiguous (strides {tuple(local.stride())} for shape "
+                f"{tuple(local.shape)}); call .contiguous() on the weights before attach()"
+            )
+        return local.view(-1)
+
+    def _flat_grad(self, local: torch.Tensor) -> torch.Tensor:
+        if local.is_contiguous():
+            return local.view(-1)
+        copy = local.contiguous().view(-1)
+        self._copied.append((local, copy))
+        return copy
+
+
+def gather_intervals(spec: ShardSpec, local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Put flat intervals of ``spec`` together: every rank of ``group`` writes its own into zeros, and all are summed."""
+    full = torch.zeros(math.prod(spec.shape), dtype=local.dtype, device=local.device)
+    full[spec.start : spec.stop] = local
+    if not spec.replicated:
+        dist.all_reduce(full, group=group)
+    return full.view(spec.shape)
+
+
+def nonfinite_names(named: Iterable[tuple[str, torch.Tensor | None]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, tensor in named if tensor is not None and not bool(torch.isfinite(tensor).all())]

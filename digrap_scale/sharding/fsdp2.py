@@ -1,0 +1,83 @@
+"""PyTorch FSDP2 (``fully_shard``): parameters are DTensors sharded on dim 0, uneven and empty shards included."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.base import Backend, gather_intervals
+from digrap_scale.types import ShardSpec
+
+
+class FSDP2Backend(Backend):
+    """Statistics are summed over the mesh dimension that shards; replicas (HSDP's other dimension) reduce nothing.
+
+    Raises:
+        ConfigError: a parameter's placement is no plain ``Shard(0)`` (tensor parallelism, other dims), or parameters
+            live on different meshes.
+    """
+
+    name = "fsdp2"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._mesh: object = None
+        super().__init__(model, optimizer)
+        if self._group is None:
+            raise ConfigError("fsdp2: no trained parameter is sharded; call fully_shard on the model before attach()")
+
+    def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
+        if not isinstance(parameter, DTensor):
+            # A module that was left unsharded: the same elements on every rank, to be counted once.
+            return ShardSpec(name, tuple(parameter.shape), 0, parameter.numel(), replicated=True)
+        shard_axis = self._shard_axis(name, parameter)
+        mesh = parameter.device_mesh
+        if self._group is None:
+            self._group, self._mesh = mesh.get_group(shard_axis), mesh
+        elif mesh != self._mesh:
+            raise ConfigError(f"{name}: lives on mesh {mesh}, others on {self._mesh}; shard the whole model on one mesh")
+        # torch.chunk's rule, which Shard documents: rows are cut in runs of ceil(rows / ranks), the last ones short or empty.
+        rows = parameter.shape[0]
+        run = math.ceil(rows / mesh.size(shard_axis))
+        first = min(mesh.get_local_rank(shard_axis) * run, rows)
+        row_elements = parameter.numel() // rows if rows else 0
+        local_elements = parameter.to_local().numel()
+        expected = (min(first + run, rows) - first) * row_elements
+        if local_elements != expected:
+            raise ConfigError(
+                f"{name}: this rank holds {local_elements} elements where Shard(0) over {mesh.size(shard_axis)} ranks "
+                f"gives {expected}; strided or padded placements are not supported"
+            )
+        return ShardSpec(name, tuple(parameter.shape), first * row_elements, first * row_elements + local_elements)
+
+    @staticmethod
+    def _shard_axis(name: str, parameter: DTensor) -> int:
+        axes = [axis for axis, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate)]
+        plain = len(axes) == 1 and type(parameter.placements[axes[0]]) is Shard and parameter.placements[axes[0]].is_shard(0)
+        if not plain:
+            raise ConfigError(
+                f"{name}: placement {tuple(parameter.placements)} is not supported; expected one Shard(0), "
+                "with any number of Replicate (fully_shard without tensor parallelism)"
+            )
+        return axes[0]
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        detached = tensor.detach()
+        return detached.to_local() if isinstance(detached, DTensor) else detached
+
+    def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
+        return gather_intervals(self.specs[layer], local, self._group)
+
+    def reduce_(self, stats_LK: torch.Tensor) -> None:
+        assert self._group is not None
+        if dist.get_rank(self._group) != 0:
+            for layer, spec in enumerate(self.specs):
+                if spec.replicated:
+                    stats_LK[layer] = 0
+        dist.all_reduce(stats_LK, group=self._group)

@@ -1,0 +1,151 @@
+"""DeepSpeed ZeRO-3: flat fp32 partitions, one optimizer step per sub-group.
+
+``engine.step()`` unscales, clips and steps one sub-group after the other, handing the inner torch optimizer one flat
+partition at a time. ω's normalisation needs every layer at once, so the first sub-group's hook takes the statistics of
+all (the later ones' gradients are complete, but not yet unscaled: ``grad_scale``), and each hook changes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.base import Backend, gather_intervals, nonfinite_names, unwrapped_name
+from digrap_scale.types import ShardSpec, ShardView
+
+
+class Zero3Backend(Backend):
+    """Views into the engine's fp32 partitions.
+
+    DeepSpeed's public ``safe_get_local_*`` functions give copies for offloaded state and nothing for a sub-group whose
+    gradient is being stepped, so the optimizer's own lists are read: ``fp16_groups`` (parameters per sub-group),
+    ``fp32_partitioned_groups_flat``, ``averaged_gradients``, ``sub_group_to_group_id``. tests/sharding pin them against
+    the public functions.
+
+    Raises:
+        ConfigError: an engine setup whose partitions cannot be seen (NVMe offload, partial offload, ZenFlow).
+    """
+
+    name = "zero3"
+
+    def __init__(self, engine: Any) -> None:
+        zero = engine.optimizer
+        self._engine, self._zero = engine, zero
+        names = {id(p): unwrapped_name(name) for name, p in engine.module.named_parameters()}
+        self._check(zero)
+        self.hooked = [zero.optimizer]
+        self._copied = []
+        self._dropped: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.specs = []
+        # Of each layer: its sub-group, its offset there, its place in the sub-group's list, its real elements.
+        self._place: list[tuple[int, int, int, int]] = []
+        self._group: Any = None
+        for sub_group, parameters in enumerate(zero.fp16_groups):
+            offset = 0
+            for position, parameter in enumerate(parameters):
+                partition = parameter.partition_numel()
+                self._group = parameter.ds_process_group
+                rank = dist.get_rank(self._group)
+                # Partitions are padded to one size with memory that was never written: real elements only.
+                start = min(rank * partition, parameter.ds_numel)
+                stop = min(start + partition, parameter.ds_numel)
+                self.specs.append(ShardSpec(names[id(parameter)], tuple(parameter.ds_shape), start, stop))
+                self._place.append((sub_group, offset, position, stop - start))
+                offset += partition
+        if not self.specs:
+            raise ConfigError("zero3: the engine's optimizer trains no parameter: nothing to attach to")
+
+    @staticmethod
+    def _check(zero: Any) -> None:
+        if getattr(zero, "swap_optimizer", False):
+            raise ConfigError("zero3: optimizer state offloaded to NVMe is not supported; use offload_optimizer.device: cpu")
+        if getattr(zero, "zenflow", False):
+            raise ConfigError("zero3: ZenFlow is not supported; remove zero_optimization.zenflow")
+        if getattr(zero, "offload_optimizer", False) and getattr(zero, "partial_offload", 1.0) < 1.0:
+            raise ConfigError("zero3: partial optimizer offload is not supported; set offload_optimizer.ratio to 1.0")
+
+    def weights(self) -> list[torch.Tensor]:
+        return [
+            self._zero.fp32_partitioned_groups_flat[sub_group].detach().narrow(0, offset, real)
+            for sub_group, offset, _, real in self._place
+        ]
+
+    def views(self, layers: Sequence[int] | None = None) -> list[ShardView]:
+        active = self._active_sub_group()
+        pending_scale = self._pending_scale()
+        views = []
+        for layer in range(len(self.specs)) if layers is None else layers:
+            spec, (sub_group, offset, position, real) = self.specs[layer], self._place[layer]
+            flat = self._zero.fp32_partitioned_groups_flat[sub_group]
+            weight = flat.detach().narrow(0, offset, real)
+            if flat.grad is not None:
+                grad = flat.grad.narrow(0, offset, real)
+            else:
+                grads = self._zero.averaged_gradients.get(sub_group)
+                grad = None if grads is None else grads[position].view(-1).narrow(0, 0, real)
+            lr = self._zero.optimizer.param_groups[self._zero.sub_group_to_group_id[sub_group]]["lr"]
+            views.append(
+                ShardView(spec, weight, grad, grad_scale=1.0 if sub_group == active else pending_scale, lr=float(lr))
+            )
+        return views
+
+    def _active_sub_group(self) -> int:
+        """The sub-group whose flat partition the inner optimizer was handed."""
+        held = {p.data_ptr() for group in self._zero.optimizer.param_groups for p in group["params"]}
+        flats = self._zero.fp32_partitioned_groups_flat
+        active = [i for i, flat in enumerate(flats) if flat.data_ptr() in held and flat.numel() > 0]
+        assert len(active) == 1, f"expected one sub-group in the optimizer's step, found {active}"
+        return active[0]
+
+    def _pending_scale(self) -> float:
+        """What unscaling and clipping will multiply a later sub-group's gradient with (stage3.unscale_and_clip_grads)."""
+        scale = float(self._zero.loss_scale)
+        if self._zero.clip_grad > 0:
+            scale *= max(1.0, (float(self._zero._global_grad_norm) + 1e-6) / self._zero.clip_grad)
+        return 1.0 / scale
+
+    def stepping(self) -> Sequence[int]:
+        active = self._active_sub_group()
+        return [layer for layer, place in enumerate(self._place) if place[0] == active]
+
+    def first_of_step(self) -> bool:
+        return self._active_sub_group() == 0
+
+    def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
+        return gather_intervals(self.specs[layer], local, self._group)
+
+    def reduce_(self, stats_LK: torch.Tensor) -> None:
+        dist.all_reduce(stats_LK, group=self._group)
+
+    def drop_gradients(self) -> None:
+        flat = self._zero.fp32_partitioned_groups_flat[self._active_sub_group()]
+        self._dropped = (flat, flat.grad)
+        flat.grad = None
+
+    def finish_step(self) -> None:
+        # With an offloaded optimizer the gradient's memory is the engine's own buffer: it must be there again.
+        if self._dropped is not None:
+            flat, grad = self._dropped
+            flat.grad = grad
+            self._dropped = None
+
+    def grad_norm_before_clipping(self) -> float | None:
+        return float(self._zero._global_grad_norm)
+
+    def nonfinite_layers(self) -> list[str]:
+        from deepspeed.utils import safe_get_local_grad
+
+        local = set(
+            nonfinite_names(
+                (spec.name, safe_get_local_grad(self._zero.fp16_groups[place[0]][place[2]]).view(-1)[: place[3]])
+                for spec, place in zip(self.specs, self._place, strict=True)
+            )
+        )
+        flags = torch.tensor([spec.name in local for spec in self.specs], dtype=torch.int32)
+        flags = flags.to(self._zero.fp32_partitioned_groups_flat[0].device)
+        dist.all_reduce(flags, group=self._group)
+        return [spec.name for spec, flag in zip(self.specs, flags.tolist(), strict=True) if flag]

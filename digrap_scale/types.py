@@ -1,0 +1,80 @@
+"""What the rooms hand to each other. Shapes: N local elements, B samples in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Which part of one parameter (= one layer) this rank holds.
+
+    Attributes:
+        name: the parameter's name in the unwrapped model.
+        shape: its full, unsharded shape.
+        start: first element that this rank holds, in the flattened (C order) tensor.
+        stop: one past the last; ``start == stop`` is an empty shard.
+        replicated: every rank of the reduction group holds the same elements, so that only one of them may count.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    replicated: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements that this rank holds (padding excluded)."""
+        return self.stop - self.start
+
+
+@dataclass
+class ShardView:
+    """One layer's shard, as flat tensors that alias the optimizer's own memory where the backend allows it.
+
+    Attributes:
+        spec: what it is a shard of.
+        weight: [N] the weights that the optimizer steps (the fp32 master under mixed precision).
+        grad: [N] the gradient that the optimizer reads, or None where the layer had none (it counts as zeros).
+        grad_scale: factor that brings ``grad`` to the gradient that the optimizer will see (1 unless a loss
+            scale or clipping is still to be undone).
+        reference: [N] pre-trained weights in their stored dtype, or None: zero if ``projected``, absent otherwise.
+        projected: whether the layer has a reference at all.
+        previous: [N] the weights before the optimizer's last step, or None where nothing keeps them.
+        lr: learning rate of the layer's parameter group in this step.
+    """
+
+    spec: ShardSpec
+    weight: torch.Tensor
+    grad: torch.Tensor | None
+    grad_scale: float = 1.0
+    reference: torch.Tensor | None = None
+    projected: bool = False
+    previous: torch.Tensor | None = None
+    lr: float = 0.0
+
+
+@dataclass
+class Batch:
+    """A collated batch: model inputs, and what the task compares with.
+
+    Attributes:
+        inputs: the model's keyword arguments (``pixel_values`` [B, 3, H, W] float32, ``input_ids`` …).
+        labels: [B] int64 class indices (classification, contrastive over classes), or None.
+        keys: the samples' keys in their shards, in order.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor | None = None
+    keys: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            None if self.labels is None else self.labels.to(device, non_blocking=True),
+            self.keys,
+        )

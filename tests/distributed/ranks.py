@@ -1,0 +1,59 @@
+"""Run a function on real processes that form a gloo group, and bring their results back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _worker(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        result = function(*args)
+        torch.save(result, Path(folder) / f"rank{rank}.pt")
+    except BaseException:
+        (Path(folder) / f"rank{rank}.error").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(*args)`` on ``world_size`` processes; the results in rank order (tensors, dicts, lists, numbers)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        mp.start_processes(
+            _worker,
+            args=(world_size, free_port(), str(folder), function, args),
+            nprocs=world_size,
+            start_method="spawn",
+        )
+    except mp.ProcessRaisedException as error:
+        reports = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
+        raise AssertionError(f"a rank failed:\n{reports or error}") from None
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
