@@ -1,0 +1,143 @@
+"""Rules that tie several keys together. They read plain values by path, so that they also run on a config that has
+other errors, and every problem comes out at once. What depends on the world size is checked where that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Path = tuple[str | int, ...]
+Problem = tuple[Path, str]
+
+CROSS_FIELD = "cross_field"  # pydantic error type of a config whose keys are fine one by one
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule.
+
+    Attributes:
+        needs: dotted keys whose values ``run`` takes, in this order; it runs only if none of them has a problem.
+        run: yields (path of the key to mend, message).
+    """
+
+    needs: tuple[str, ...]
+    run: Callable[..., Iterable[Problem]]
+
+
+def _length(steps: int | None, epochs: int | None) -> Iterable[Problem]:
+    if steps is None and epochs is None:
+        yield ("training",), "expected `steps` or `epochs`, found neither"
+    elif steps is not None and epochs is not None:
+        yield ("training", "epochs"), f"expected `steps` or `epochs`, found both ({steps} and {epochs}); remove one"
+
+
+def _accumulation(global_samples: int, micro_samples: int | None) -> Iterable[Problem]:
+    if micro_samples is not None and global_samples % micro_samples:
+        yield (
+            ("training", "micro_batch_samples"),
+            f"expected a divisor of training.global_batch_samples ({global_samples}), found {micro_samples}",
+        )
+
+
+def _warmup(warmup_steps: int, steps: int | None) -> Iterable[Problem]:
+    if steps is not None and warmup_steps >= steps:
+        yield ("schedule", "warmup_steps"), f"expected fewer than training.steps ({steps}), found {warmup_steps}"
+
+
+def _trained(freeze: Sequence[str], train_only: Sequence[str]) -> Iterable[Problem]:
+    if freeze and train_only:
+        yield ("model", "train_only"), "expected `freeze` or `train_only`, found both; remove one"
+
+
+def _batch_norm(batch_norm: str, backend: str) -> Iterable[Problem]:
+    if batch_norm == "train" and backend != "single":
+        yield (
+            ("model", "batch_norm"),
+            f"expected `frozen` with sharding.backend `{backend}`, found `train`; statistics follow one process's data",
+        )
+
+
+def _target(target: str, task: str, classes: str | None) -> Iterable[Problem]:
+    if target == "caption" and task != "contrastive":
+        yield (
+            ("data", "target"),
+            f"expected `label` with model.task `{task}`, found `caption`; captions need task `contrastive`",
+        )
+    if target == "label" and classes is None:
+        yield ("data", "classes"), "expected a JSON file of classes because data.target is `label`, found nothing"
+
+
+def _optimizer(name: str, momentum: float, betas: Sequence[float], eps: float) -> Iterable[Problem]:
+    if name != "sgd" and momentum > 0:
+        yield (
+            ("optimizer", "momentum"),
+            f"expected 0 with optimizer.name `{name}`, found {momentum:g}; Adam's momentum is the first of `betas`",
+        )
+    if name == "sgd":
+        for key, value, default in (("betas", list(betas), [0.9, 0.999]), ("eps", eps, 1e-8)):
+            if value != default:
+                yield ("optimizer", key), f"expected no value with optimizer.name `sgd`, found {value}; it is Adam's"
+
+
+def _suite_names(suite: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
+    first: dict[str, int] = {}
+    for index, entry in enumerate(suite):
+        name = entry["name"]
+        if name in first:
+            yield (
+                ("evaluation", "suite", index, "name"),
+                f"expected a name of its own, found {name!r} again (first: evaluation.suite.{first[name]})",
+            )
+        first.setdefault(name, index)
+
+
+def _group_patterns(groups: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
+    first: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        pattern = group["pattern"]
+        if pattern in first:
+            yield (
+                ("optimizer", "groups", index, "pattern"),
+                f"expected a pattern of its own, found {pattern!r} again (first: optimizer.groups.{first[pattern]})",
+            )
+        first.setdefault(pattern, index)
+
+
+CHECKS = (
+    Check(("training.steps", "training.epochs"), _length),
+    Check(("training.global_batch_samples", "training.micro_batch_samples"), _accumulation),
+    Check(("schedule.warmup_steps", "training.steps"), _warmup),
+    Check(("model.freeze", "model.train_only"), _trained),
+    Check(("model.batch_norm", "sharding.backend"), _batch_norm),
+    Check(("data.target", "model.task", "data.classes"), _target),
+    Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
+    Check(("optimizer.groups",), _group_patterns),
+    Check(("evaluation.suite",), _suite_names),
+)
+
+
+def cross_field_problems(values: Mapping[str, Any], broken: Collection[Path] = ()) -> list[Problem]:
+    """Every rule that the config breaks.
+
+    Args:
+        values: section → key → value, defaults filled in (``Config.model_dump()`` or the raw mapping).
+        broken: paths that have a problem of their own; rules that need them, or something in them, do not run.
+
+    Returns:
+        (path of the key to mend, "expected …, found …") of each broken rule.
+    """
+    problems: list[Problem] = []
+    for check in CHECKS:
+        needs = [tuple(need.split(".")) for need in check.needs]
+        if any(_overlap(need, path) for need in needs for path in broken):
+            continue
+        problems += check.run(*(values[section][key] for section, key in needs))
+    return problems
+
+
+def _overlap(first: Path, second: Path) -> bool:
+    """Whether one path leads to, or into, the other."""
+    shared = min(len(first), len(second))
+    return first[:shared] == second[:shared]
