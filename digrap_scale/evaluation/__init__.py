@@ -1,0 +1,1 @@
+"""Predictions → accuracy on ID and OOD test sets → tables and pictures."""

@@ -1,0 +1,190 @@
+"""A model's accuracy on a suite of ID and OOD test sets. Shapes: B samples in a batch, C classes, S test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import nn
+
+from digrap_scale.errors import ConfigError
+from digrap_scale.evaluation import metrics
+from digrap_scale.types import Batch
+
+Shift = Literal["id", "near", "far"]
+SHIFTS: tuple[Shift, ...] = ("id", "near", "far")
+
+
+class EvaluationTask(Protocol):
+    """What the suite needs of a task."""
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[B, C] logits of the batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One test set.
+
+    Attributes:
+        shift: how far it is from the training data.
+        accuracy: right ÷ samples, in [0, 1].
+        standard_error: binomial, of ``accuracy``.
+        samples: real samples, over all ranks.
+        class_accuracy: class name → accuracy on its samples; classes without samples are left out.
+    """
+
+    shift: Shift
+    accuracy: float
+    standard_error: float
+    samples: int
+    class_accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """All test sets, in the suite's order. Means are plain means over sets; None where there is no such set."""
+
+    sets: dict[str, SetResult]
+
+    def mean(self, *shifts: Shift) -> float | None:
+        """Plain mean of the accuracies of the sets with one of these shifts."""
+        chosen = [one.accuracy for one in self.sets.values() if one.shift in shifts]
+        return fmean(chosen) if chosen else None
+
+    def error(self, *shifts: Shift) -> float | None:
+        """Standard error of ``mean`` (sampling of the test sets only, not the seed of the training)."""
+        chosen = [one.standard_error for one in self.sets.values() if one.shift in shifts]
+        return metrics.mean_standard_error(chosen) if chosen else None
+
+    @property
+    def id_mean(self) -> float | None:
+        return self.mean("id")
+
+    @property
+    def near_mean(self) -> float | None:
+        return self.mean("near")
+
+    @property
+    def far_mean(self) -> float | None:
+        return self.mean("far")
+
+    @property
+    def ood_mean(self) -> float | None:
+        """Mean over near and far sets alike."""
+        return self.mean("near", "far")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: every set, and the means."""
+        return {
+            "sets": {name: dict(vars(one)) for name, one in self.sets.items()},
+            "id_mean": self.id_mean,
+            "near_mean": self.near_mean,
+            "far_mean": self.far_mean,
+            "ood_mean": self.ood_mean,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> SuiteResult:
+        """Back from ``to_dict``; the means are computed anew. Raises: ConfigError where keys are missing."""
+        try:
+            sets = {name: SetResult(**one) for name, one in stored["sets"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"not a stored suite result ({type(error).__name__}: {error}); evaluate again") from error
+        for name, one in sets.items():
+            if one.shift not in SHIFTS:
+                raise ConfigError(
+                    f"stored test set {name}: shift is {one.shift!r}, expected one of {', '.join(SHIFTS)}"
+                )
+        return cls(sets)
+
+
+def evaluate_suite(
+    model: nn.Module,
+    task: EvaluationTask,
+    loaders: Mapping[str, Iterable[Batch]],
+    shifts: Mapping[str, Shift],
+    *,
+    device: torch.device | str,
+    reduce_: Callable[[torch.Tensor], None] | None = None,
+) -> SuiteResult:
+    """Accuracy on every test set, summed over ranks.
+
+    Every rank must go through the same number of batches of each set, as the model's own collectives need; padding
+    carries label −1. Counts are reduced once for the whole suite: [S, 2, C] int64.
+
+    Args:
+        model: put into evaluation mode, and every module back into the mode that it had.
+        task: gives ``logits(model, batch)`` [B, C] and ``class_names``.
+        loaders: test set → batches, in the table's order.
+        shifts: test set → "id", "near" or "far".
+        device: where batches go.
+        reduce_: sums a tensor over all ranks, in place; None for one process.
+
+    Raises:
+        ConfigError: a set without shift, without labels, with labels out of range or without a single real sample.
+    """
+    problems = [
+        f"test set {name}: shift is {shifts.get(name)!r}, expected one of {', '.join(SHIFTS)}"
+        for name in loaders
+        if shifts.get(name) not in SHIFTS
+    ]
+    if not loaders:
+        problems.append("evaluation.suite is empty; name at least one test set")
+    if problems:
+        raise ConfigError(problems)
+    counts_S2C = torch.zeros(len(loaders), 2, len(task.class_names), dtype=torch.int64, device=device)
+    with evaluation_mode(model), torch.no_grad():  # not inference_mode: FSDP2's views outlive the block
+        for counts_2C, (name, batches) in zip(counts_S2C, loaders.items(), strict=True):
+            for batch in batches:
+                counts_2C += _count(model, task, batch.to(device), name)
+    if reduce_ is not None:
+        reduce_(counts_S2C)
+    sets: dict[str, SetResult] = {}
+    for counts_2C, name in zip(counts_S2C.cpu(), loaders, strict=True):
+        right, samples = cast(list[int], counts_2C.sum(-1).tolist())
+        if not samples:
+            raise ConfigError(f"test set {name} has no sample; check its shards in evaluation.suite")
+        by_class = {
+            title: metrics.accuracy(int(hit), int(all_))
+            for title, hit, all_ in zip(task.class_names, counts_2C[0], counts_2C[1], strict=True)
+            if all_
+        }
+        sets[name] = SetResult(
+            shifts[name], metrics.accuracy(right, samples), metrics.standard_error(right, samples), samples, by_class
+        )
+    return SuiteResult(sets)
+
+
+def _count(model: nn.Module, task: EvaluationTask, batch: Batch, name: str) -> torch.Tensor:
+    if batch.labels is None:
+        raise ConfigError(f"test set {name} has no labels; accuracy needs a class name in each sample's JSON")
+    logits_BC = task.logits(model, batch)
+    if logits_BC.shape[-1] != len(task.class_names):
+        raise ConfigError(
+            f"test set {name}: the model gives {logits_BC.shape[-1]} logits, expected {len(task.class_names)} (classes)"
+        )
+    try:
+        return metrics.count_correct(logits_BC, batch.labels)
+    except ValueError as error:
+        raise ConfigError(f"test set {name}: {error}") from error
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block. Every module gets its own mode back: frozen BatchNorm stays frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
