@@ -24,12 +24,14 @@ class Method:
         name: the config's word for it.
         uses_reference: whether it looks at pre-trained weights at all.
         needs_previous: whether ``view.previous``, the weights before the last optimizer step, must be kept.
+        has_strength: whether ω means something for it.
         acts_on_update: whether it has something to do after the optimizer's step.
     """
 
     name = "none"
     uses_reference = False
     needs_previous = False
+    has_strength = False
     acts_on_update = False
 
     def prepare(self, projected_L: torch.Tensor) -> None:

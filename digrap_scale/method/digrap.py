@@ -37,6 +37,7 @@ class DiGraP(Method):
     name = "digrap"
     uses_reference = True
     needs_previous = True
+    has_strength = True
 
     def __init__(self, strength_lr: float = 1e-2, normalization: str = "layers", hypergradient: str = "all") -> None:
         if normalization not in NORMALIZATIONS:

@@ -30,6 +30,7 @@ class DiGraPUpdate(Method):
     name = "digrap_update"
     uses_reference = True
     needs_previous = True
+    has_strength = True
     acts_on_update = True
 
     def __init__(self, strength_lr: float = 1e-2) -> None:

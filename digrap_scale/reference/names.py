@@ -29,7 +29,7 @@ def match_names(
         reader: the open checkpoint.
         specs: the layers that train.
         aliases: layer name → all names of that parameter in the model (several if tied).
-        rename: regex → replacement on the model's parameter names, tried before anything else.
+        rename: regex → replacement on the model's parameter names, applied in order before anything else.
         not_projected: names of layers that need no reference (a new head); they are left out.
 
     Raises:
@@ -63,9 +63,9 @@ def _find(
     name: str, reader: SafetensorsReader, by_model_name: Mapping[str, str], rename: Mapping[str, str]
 ) -> str | None:
     for pattern, replacement in rename.items():
-        renamed, count = re.subn(pattern, replacement, name)
-        if count and renamed in reader:
-            return renamed
+        name = re.sub(pattern, replacement, name)
+    # PEFT's marks around a module that is trained in full beside the adapters.
+    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
     if name in by_model_name:
         return by_model_name[name]
     return name if name in reader else None
@@ -87,6 +87,8 @@ def _file_names_by_model_name(model: nn.Module, reader: SafetensorsReader) -> di
     """The renaming that transformers applies when it loads this file, turned round; identity for other models."""
     import transformers
 
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     if not isinstance(model, transformers.PreTrainedModel):
         return {}
     # Not exported at transformers' top level, but shared with PEFT and pinned by tests/reference.

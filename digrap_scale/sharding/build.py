@@ -1,19 +1,42 @@
-"""Which backend a model lives on: looked at once, when the projector is attached."""
+"""The registry of backends: which one a config asks for, and which one a model lives on already."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from digrap_scale.config.schema import Config
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend
-from digrap_scale.sharding.ddp import DDPBackend
-from digrap_scale.sharding.fsdp2 import FSDP2Backend
-from digrap_scale.sharding.zero import Zero3Backend
+from digrap_scale.sharding.ddp import DDPBackend, DDPEngine
+from digrap_scale.sharding.engine import Engine, MakeOptimizer
+from digrap_scale.sharding.fsdp2 import FSDP2Backend, FSDP2Engine
+from digrap_scale.sharding.zero import Zero3Backend, Zero3Engine
+
+ENGINES: dict[str, type[Engine]] = {"single": Engine, "ddp": DDPEngine, "fsdp2": FSDP2Engine, "zero3": Zero3Engine}
+
+
+def build_engine(
+    model: nn.Module, make_optimizer: MakeOptimizer, config: Config, device: torch.device, world_size: int
+) -> Engine:
+    """Wrap ``model`` as ``sharding.backend`` says.
+
+    Raises:
+        ConfigError: batch sizes do not fit the world size, or see the backend's engine.
+    """
+    training = config.training
+    share = (training.micro_batch_samples or 1) * world_size
+    if training.global_batch_samples % share:
+        raise ConfigError(
+            f"training.global_batch_samples: expected a multiple of micro_batch_samples × processes = {share}, found "
+            f"{training.global_batch_samples}"
+        )
+    return ENGINES[config.sharding.backend](model, make_optimizer, config, device, world_size)
 
 
 def is_deepspeed_engine(model: Any) -> bool:

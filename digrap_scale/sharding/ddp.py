@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from digrap_scale.sharding.base import Backend
+from digrap_scale.sharding.engine import Engine, MakeOptimizer
 
 
 class DDPBackend(Backend):
@@ -16,3 +21,27 @@ class DDPBackend(Backend):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model.module if isinstance(model, DistributedDataParallel) else model, optimizer)
+
+
+class DDPEngine(Engine):
+    """DDP; gradients are reduced in the last micro-batch only."""
+
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        model = model.to(self.device)
+        self.optimizer = make_optimizer(model)
+        # Vision towers often have layers that the loss does not reach (a last layer that is not used, a pooling head).
+        self.model = DistributedDataParallel(model, find_unused_parameters=True)
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        return self._micro_step(last)
+
+    @contextmanager
+    def _micro_step(self, last: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            if not last:
+                stack.enter_context(self.model.no_sync())
+            yield
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.model.module.state_dict().items()}

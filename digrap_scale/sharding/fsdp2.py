@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend, gather_intervals
+from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.types import ShardSpec
 
 
@@ -81,3 +86,57 @@ class FSDP2Backend(Backend):
                 if spec.replicated:
                     stats_LK[layer] = 0
         dist.all_reduce(stats_LK, group=self._group)
+
+
+class FSDP2Engine(Engine):
+    """``fully_shard`` on every repeated block and on the root.
+
+    Raises:
+        ConfigError: ``sharding.wrap`` names a class that the model does not have, or nothing tells which blocks to wrap.
+    """
+
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        sharding = self.config.sharding
+        mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+        policy = MixedPrecisionPolicy(
+            # Gradients are summed over ranks in float32: bfloat16 sums lose what many ranks add.
+            param_dtype=torch.bfloat16 if sharding.mixed_precision == "bfloat16" else None,
+            reduce_dtype=torch.float32 if sharding.mixed_precision == "bfloat16" else None,
+        )
+        for block in blocks_to_wrap(model, sharding.wrap):
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
+        self.model = model
+        self.optimizer = make_optimizer(model)
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def inference(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def blocks_to_wrap(model: nn.Module, class_names: list[str]) -> list[nn.Module]:
+    """The modules that are sharded one by one: those of the named classes, or of the model's own ``_no_split_modules``.
+
+    Raises:
+        ConfigError: a named class that the model does not have; no names and none that the model knows.
+    """
+    wanted = set(class_names) or {
+        name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])
+    }
+    # Embedding and tower classes may be listed too; wrapping a module inside a wrapped one is what FSDP2 expects.
+    blocks = [module for module in model.modules() if type(module).__name__ in wanted and module is not model]
+    present = sorted({type(module).__name__ for module in model.modules()})
+    missing = sorted(set(class_names) - set(present))
+    if missing:
+        raise ConfigError(f"sharding.wrap: the model has no module of class {missing[0]!r}; it has {', '.join(present)}")
+    if not blocks:
+        raise ConfigError(
+            f"sharding.wrap: {type(model).__name__} does not say which blocks to shard; name their class here (it has "
+            f"{', '.join(present)})"
+        )
+    return blocks

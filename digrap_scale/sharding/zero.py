@@ -8,13 +8,17 @@ all (the later ones' gradients are complete, but not yet unscaled: ``grad_scale`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend, gather_intervals, nonfinite_names, unwrapped_name
+from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.types import ShardSpec, ShardView
 
 
@@ -149,3 +153,86 @@ class Zero3Backend(Backend):
         flags = flags.to(self._zero.fp32_partitioned_groups_flat[0].device)
         dist.all_reduce(flags, group=self._group)
         return [spec.name for spec, flag in zip(self.specs, flags.tolist(), strict=True) if flag]
+
+
+class Zero3Engine(Engine):
+    """A DeepSpeed engine at ZeRO stage 3.
+
+    Clipping is left to the projector (``gradient_clipping`` is stated as 0: DeepSpeed's own default is 1.0).
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ConfigError(f"sharding.backend: zero3 needs DeepSpeed: pip install digrap-scale[deepspeed] ({error})") from error
+        self._last = True
+        self._low_precision = self.config.sharding.mixed_precision == "bfloat16"
+        # The engine casts buffers with the weights; BatchNorm's statistics are kept as they were.
+        self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self.model, *_ = deepspeed.initialize(
+            model=model, optimizer=make_optimizer(model), config=self.deepspeed_config(), dist_init_required=False
+        )
+        self.optimizer = self.model.optimizer.optimizer
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The DeepSpeed config that this run's config amounts to."""
+        config: dict[str, Any] = {
+            "train_batch_size": self.config.training.global_batch_samples,
+            "train_micro_batch_size_per_gpu": self.micro_batch_samples,
+            "gradient_accumulation_steps": self.accumulation_steps,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3},
+            "steps_per_print": 2**31,
+        }
+        if self._low_precision:
+            config["bf16"] = {"enabled": True}
+            config["communication_data_type"] = "fp32"
+        return config
+
+    @property
+    def attached_to(self) -> tuple[Any, Optimizer | None]:
+        return self.model, None
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        self._last = last
+        return nullcontext()
+
+    def inference(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.bfloat16() if self._low_precision and tensor.is_floating_point() else tensor
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss)
+        if not self._last:
+            self.model.step()  # takes no step before the accumulation boundary, but counts micro-batches
+
+    def step(self) -> None:
+        self.model.step()
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        first = dist.get_rank() == 0
+        full: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.module.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                value = safe_get_full_fp32_param(parameter)
+            else:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    value = parameter.detach().clone()
+            if first:
+                full[name] = value.to(self._dtypes[name]).cpu()
+        for name, buffer in self.model.module.named_buffers():
+            if first and name in self._dtypes:
+                kept = self._buffers[name] if self._low_precision and buffer.is_floating_point() else buffer
+                full[name] = kept.detach().cpu()
+        return full

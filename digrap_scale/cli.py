@@ -1,0 +1,121 @@
+"""The command line: ``digrap-scale VERB …``, alone or under a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from digrap_scale.config import Config, load_config
+from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError, NonFiniteError
+from digrap_scale.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; errors become one line (or one a problem) and the exit code of their kind."""
+    options = _parser().parse_args(arguments)
+    _quiet_libraries()
+    try:
+        options.run(options)
+    except DigrapError as error:
+        _complain(error)
+        return error.exit_code
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="digrap-scale", description="Robust fine-tuning on sharded gradients.")
+    parser.add_argument("--version", action="version", version=f"digrap-scale {__version__}")
+    # DeepSpeed's launcher passes it to every process; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    def config_verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = verb(name, run, text)
+        added.add_argument("config", help="YAML file of the run")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of the file's values")
+        return added
+
+    config_verb("train", _train, "train, save and evaluate a run")
+    evaluate = config_verb("evaluate", _evaluate, "print the suite's ID/OOD table")
+    evaluate.add_argument("--weights", help="folder of the weights, such as a run's final/ (default: model.path)")
+    config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    interpolate = verb("interpolate", _interpolate, "WiSE-FT: (1 − α)·A + α·B, streamed tensor by tensor")
+    interpolate.add_argument("a", help="pre-trained weights (folder or safetensors)")
+    interpolate.add_argument("b", help="fine-tuned model's folder")
+    interpolate.add_argument("out", help="folder to write (with several alphas: their parent)")
+    interpolate.add_argument("--alpha", type=float, nargs="+", default=[0.5], help="weights of B in [0, 1]")
+    demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
+    demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
+    demo.add_argument("--backend", choices=("fsdp2", "zero3"), default="fsdp2", help="sharding backend")
+    demo.add_argument("--processes", type=int, default=2, help="processes to shard over (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=None, help="optimizer steps of each run (fewer: a quick look)")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from digrap_scale.training.run import train
+
+    train(_load(options))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from digrap_scale.training.run import evaluate
+
+    evaluate(_load(options), options.weights)
+
+
+def _validate(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from digrap_scale.training.validate import validate
+
+    for line in validate(config):
+        print(line)
+    print(f"{options.config}: no problems found")
+
+
+def _interpolate(options: argparse.Namespace) -> None:
+    from digrap_scale.checkpoint.interpolate import interpolate
+
+    for alpha, folder in interpolate(options.a, options.b, options.out, options.alpha).items():
+        print(f"alpha {alpha:g}: {folder}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from digrap_scale.demo.run import demo
+
+    demo(options.folder, backend=options.backend, processes=options.processes, steps=options.steps)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and notices of libraries that would tear our own progress on the screen."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported by transformers, warns on stdout
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _load(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+def _complain(error: DigrapError) -> None:
+    """Rank 0 tells what all ranks see (a bad config); what happens to one rank later is told by that rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, ConfigError | NonFiniteError) and rank != 0:
+        return
+    prefix = f"rank {rank}: " if rank != 0 else ""
+    for line in str(error).splitlines():
+        print(f"{prefix}{line}", file=sys.stderr)

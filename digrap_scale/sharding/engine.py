@@ -1,0 +1,85 @@
+"""How the training loop drives a model: wrapped, stepped and gathered again; one process here, and the base of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from digrap_scale.config.schema import Config
+
+MakeOptimizer = Callable[[nn.Module], Optimizer]
+
+
+class Engine:
+    """One process, plain tensors.
+
+    Attributes:
+        model: what is called with a batch's inputs.
+        optimizer: holds the parameter groups whose learning rates the schedule sets.
+        device: where batches go.
+        accumulation_steps: micro-batches of one optimizer step.
+    """
+
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, config: Config, device: torch.device, world_size: int
+    ) -> None:
+        self.device = device
+        self.config = config
+        self.world_size = world_size
+        micro = config.training.micro_batch_samples or config.training.global_batch_samples // world_size
+        self.micro_batch_samples = micro
+        self.accumulation_steps = config.training.global_batch_samples // (micro * world_size)
+        self._wrap(model, make_optimizer)
+
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.model: Any = model.to(self.device)
+        self.optimizer: Any = make_optimizer(self.model)
+
+    @property
+    def attached_to(self) -> tuple[Any, Optimizer | None]:
+        """What ``attach`` is given: model and optimizer, or a DeepSpeed engine and None."""
+        return self.model, self.optimizer
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What ``attach`` is to clip to."""
+        return self.config.training.max_grad_norm
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        """Context of one micro-batch's forward and backward; ``last`` is the one before the optimizer's step."""
+        return self._autocast()
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        if self.config.sharding.mixed_precision == "bfloat16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Context of a forward without gradients, with the training's precision."""
+        return self._autocast()
+
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A floating model input in the dtype that the wrapped model computes in."""
+        return tensor
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch's mean loss."""
+        (loss / self.accumulation_steps).backward()
+
+    def step(self) -> None:
+        """The optimizer's step, at the end of accumulation."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Names (of the unwrapped model) → full tensors on the CPU; complete on rank 0, maybe empty elsewhere. Collective."""
+        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+

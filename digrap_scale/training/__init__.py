@@ -1,0 +1,1 @@
+"""Runs: set-up, loop, schedule, log."""

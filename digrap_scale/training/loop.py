@@ -1,0 +1,92 @@
+"""The training loop: everyone's loop, with one line more (``attach``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from digrap_scale.config.schema import Config
+from digrap_scale.data.tasks.base import Task
+from digrap_scale.errors import NonFiniteError
+from digrap_scale.projector import Projector
+from digrap_scale.sharding.engine import Engine
+from digrap_scale.training.log import RunLog
+from digrap_scale.training.schedule import LearningRate
+from digrap_scale.training.setup import Place
+from digrap_scale.types import Batch
+
+
+def train_steps(
+    engine: Engine,
+    projector: Projector,
+    task: Task,
+    batches: Iterable[Batch],
+    log: RunLog,
+    config: Config,
+    place: Place,
+    total_steps: int,
+) -> None:
+    """Take ``total_steps`` optimizer steps; ``batches`` never ends and yields micro-batches of this rank.
+
+    Raises:
+        NonFiniteError: ``training.max_skipped_steps`` steps in a row had a gradient that is not finite.
+    """
+    schedule = LearningRate(engine.optimizer, config.schedule, total_steps)
+    stream = iter(batches)
+    engine.model.train()
+    skipped_in_a_row = 0
+    for step in range(1, total_steps + 1):
+        learning_rate = schedule.set(step - 1)
+        loss = accumulate(engine, task, stream)
+        seen = projector.report.step
+        engine.step()
+        if projector.report.step == seen:
+            projector.note_engine_skip()
+        report = projector.report
+        log.advance(step, samples=config.training.global_batch_samples, skipped=report.skipped)
+        if report.skipped:
+            skipped_in_a_row += 1
+            log.message(_skip_line(step, report.nonfinite_layers))
+            if skipped_in_a_row >= config.training.max_skipped_steps:
+                raise NonFiniteError(
+                    f"step {step}: {skipped_in_a_row} steps in a row had a gradient that is not finite, the last in "
+                    f"{report.nonfinite_layers[0]}; lower optimizer.learning_rate or set training.max_grad_norm"
+                )
+        else:
+            skipped_in_a_row = 0
+        if log.due(step):
+            place.sum_(loss)
+            log.metrics(
+                step,
+                loss=float(loss) / place.world_size,
+                learning_rate=learning_rate,
+                grad_norm=report.grad_norm,
+                strength_mean=report.strength_mean,
+                conflict_rate=report.conflict_rate,
+            )
+        if projector.method.has_strength and log.strength_due(step):
+            log.strength(step, projector.strength())
+
+
+def accumulate(engine: Engine, task: Task, stream: Iterator[Batch]) -> torch.Tensor:
+    """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar."""
+    total = torch.zeros((), device=engine.device)
+    for part in range(engine.accumulation_steps):
+        batch = prepared(engine, next(stream))
+        with engine.micro_step(last=part == engine.accumulation_steps - 1):
+            loss = task.loss(engine.model, batch)
+            engine.backward(loss)
+        total += loss.detach().float()
+    return total / engine.accumulation_steps
+
+
+def prepared(engine: Engine, batch: Batch) -> Batch:
+    """The batch on the engine's device, floating inputs in the dtype that it computes in."""
+    batch = batch.to(engine.device)
+    return Batch({name: engine.cast(tensor) for name, tensor in batch.inputs.items()}, batch.labels, batch.keys)
+
+
+def _skip_line(step: int, layers: list[str]) -> str:
+    more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+    return f"step {step} skipped on all ranks: the gradient of {layers[0]}{more} is not finite"

@@ -1,0 +1,244 @@
+"""A run from its config to its folder: build, attach, train, save, evaluate."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from digrap_scale.checkpoint.atomic import atomic_folder, write_file
+from digrap_scale.config import Config, dump_config
+from digrap_scale.data.loader import build_loader
+from digrap_scale.data.shards import ShardSet
+from digrap_scale.data.tasks.base import Task
+from digrap_scale.data.tasks.build import build_task, required_classes
+from digrap_scale.evaluation.report import ReportRow, print_report, write_report
+from digrap_scale.evaluation.strength import read_strength
+from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite
+from digrap_scale.method.build import from_config
+from digrap_scale.models.build import BuiltModel, build_model
+from digrap_scale.models.groups import build_groups
+from digrap_scale.projector import Projector, attach
+from digrap_scale.sharding.build import build_engine
+from digrap_scale.sharding.engine import Engine
+from digrap_scale.training.log import STATUS_FILE, RunLog
+from digrap_scale.training.loop import prepared, train_steps
+from digrap_scale.training.setup import Place, place, seed_everything
+from digrap_scale.types import Batch
+
+
+def train(config: Config) -> None:
+    """Run ``config`` from start to end, on every rank of the job.
+
+    Raises:
+        ConfigError, CheckpointError, SaveError, PeerError, NonFiniteError: see each; the message is for the user.
+    """
+    with place(config) as here:
+        folder = Path(config.run.folder)
+        here.agree(_prepare_folder(folder, config) if here.rank == 0 else None)
+        shards = ShardSet.open(config.data.train)
+        total_steps = count_steps(config, shards.samples)
+        with RunLog(
+            folder,
+            rank=here.rank,
+            total_steps=total_steps,
+            tensorboard=config.logging.tensorboard,
+            every_steps=config.logging.every_steps,
+            strength_every_steps=config.logging.strength_every_steps,
+        ) as log:
+            run = _build(config, here)
+            for line in run.built.report:
+                log.message(line)
+            projector = _attach(run, config)
+            train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
+            batches = build_loader(
+                shards,
+                train_task,
+                batch_samples=run.engine.micro_batch_samples,
+                rank=here.rank,
+                world_size=here.world_size,
+                workers=config.data.workers,
+                seed=config.run.seed,
+                shuffle_buffer_samples=config.data.shuffle_buffer_samples,
+                train=True,
+            )
+            train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
+            if config.checkpoint.final:
+                save_final(run, folder / "final", here)
+                log.message(f"weights: {folder / 'final'}")
+            if config.evaluation.at_end and config.evaluation.suite:
+                result = _evaluate(run, config, here)
+                if here.rank == 0:
+                    _report(config, folder, result, config.method.name)
+
+
+def evaluate(config: Config, weights: str | None = None) -> SuiteResult:
+    """The suite's table for ``model.path``, or for the weights in folder ``weights`` (a run's ``final/``).
+
+    Written to ``run.folder``/evaluation; returns the result on every rank.
+    """
+    if weights is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights, "lora": None})})
+    with place(config) as here:
+        run = _build(config, here)
+        result = _evaluate(run, config, here)
+        if here.rank == 0:
+            _report(config, Path(config.run.folder) / "evaluation", result, weights or config.model.path)
+        return result
+
+
+@dataclass
+class _Run:
+    """A model that is built and wrapped."""
+
+    built: BuiltModel
+    engine: Engine
+    model_class: type[nn.Module]
+    task: Task | None
+
+
+def count_steps(config: Config, samples: int) -> int:
+    """Optimizer steps of the run: ``training.steps``, or full global batches of ``training.epochs`` passes."""
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
+    return max(1, training.epochs * (samples // training.global_batch_samples))
+
+
+def _build(config: Config, here: Place) -> _Run:
+    classes = required_classes(config) if config.data.classes is not None else None
+    built = build_model(config, len(classes.names) if classes is not None else None)
+    model_class = type(built.model)
+    engine = build_engine(
+        built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size
+    )
+    seed_everything(config.run.seed, here.rank)
+    task = build_task(config, built.processor, built.tokenizer, train=False) if classes is not None else None
+    return _Run(built, engine, model_class, task)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> Optimizer:
+    """torch's optimizer of the config's name, over the config's parameter groups; fused where the device has it."""
+    options = config.optimizer
+    groups = build_groups(model, options)
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
+    cls = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
+    return cls(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
+
+
+def _attach(run: _Run, config: Config) -> Projector:
+    model, optimizer = run.engine.attached_to
+    source = config.reference.source
+    method = from_config(config.method)
+    reference: str | Path | None = run.built.checkpoint_folder if source == "pretrained" else source
+    if config.model.lora is not None and source == "pretrained" and not config.model.lora.modules_to_save:
+        reference = None  # adapters only: their reference is zero, the base's is not needed
+    new = run.built.new_parameters if method.uses_reference else set()
+    return attach(
+        model,
+        optimizer,
+        method=method,
+        reference=reference,
+        reference_placement=config.reference.placement,
+        reference_rename=config.reference.rename,
+        not_projected=[f"^{re.escape(name)}$" for name in sorted(new)],
+        max_grad_norm=run.engine.max_grad_norm,
+    )
+
+
+def _evaluate(run: _Run, config: Config, here: Place) -> SuiteResult:
+    assert run.task is not None, "the schema asks for data.classes where there is a suite"
+    loaders = {
+        entry.name: _Prepared(
+            run.engine,
+            build_loader(
+                ShardSet.open(entry.shards),
+                run.task,
+                batch_samples=config.evaluation.batch_samples,
+                rank=here.rank,
+                world_size=here.world_size,
+                workers=config.data.workers,
+                seed=config.run.seed,
+                shuffle_buffer_samples=0,
+                train=False,
+            ),
+        )
+        for entry in config.evaluation.suite
+    }
+    shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
+    with run.engine.inference():
+        return evaluate_suite(
+            run.engine.model, run.task, loaders, shifts, device=here.device, reduce_=here.sum_
+        )
+
+
+@dataclass
+class _Prepared(Iterable[Batch]):
+    """A loader whose batches have the dtype that the engine computes in."""
+
+    engine: Engine
+    loader: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (prepared(self.engine, batch) for batch in self.loader)
+
+
+def _report(config: Config, folder: Path, result: SuiteResult, name: str) -> None:
+    rows = [ReportRow(name, result)]
+    notes = [
+        f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
+        f"training shards: {', '.join(config.data.train)}",
+    ]
+    history = read_strength(folder)
+    write_report(rows, folder, notes=notes, strength={name: history} if history.steps else {})
+    print_report(rows, notes)
+
+
+def save_final(run: _Run, folder: Path, here: Place) -> None:
+    """Write the model to ``folder`` in Hugging Face layout: safetensors, config, processor, tokenizer. Collective."""
+    state = run.engine.full_state_dict()
+    if here.rank == 0:
+        with atomic_folder(folder, overwrite=True) as partial:
+            _save_model(run, partial, state)
+            for part in (run.built.processor, run.built.tokenizer):
+                if part is not None:
+                    part.save_pretrained(partial)
+    here.agree(None)  # nobody goes on, or leaves, before the files are there
+
+
+def _save_model(run: _Run, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    model: Any = run.built.model
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, state_dict=state)
+        return
+    # FSDP2 and DeepSpeed change the live model's class and parameters: save through one without weights of its own.
+    with torch.device("meta"):
+        twin: Any = run.model_class(model.config)
+    twin.save_pretrained(folder, state_dict=state)
+
+
+def _prepare_folder(folder: Path, config: Config) -> str | None:
+    """Make the run's folder and write its config. Returns what is wrong, if anything."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not config.run.overwrite:
+            return f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder"
+        if not (folder / STATUS_FILE).is_file() and not (folder / "config.yaml").is_file():
+            return f"run.folder: {folder} is not empty and holds no run of ours; choose another folder"
+        shutil.rmtree(folder)
+    elif folder.exists() and not folder.is_dir():
+        return f"run.folder: {folder} is a file; expected a folder or nothing there"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"run.folder: {folder} cannot be made ({error.strerror})"
+    write_file(folder / "config.yaml", dump_config(config))
+    return None

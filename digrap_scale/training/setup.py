@@ -1,0 +1,129 @@
+"""The process's place in the job: rank, device, process group, seeds. The only part of training that knows torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from digrap_scale.config.schema import Config
+from digrap_scale.errors import ConfigError, DigrapError, PeerError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands.
+
+    Attributes:
+        rank: its number in the job.
+        world_size: processes of the job.
+        device: where it computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Sum over all ranks, in place. Collective."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def agree(self, problem: str | None) -> None:
+        """Rank 0's verdict for all: raise its ConfigError everywhere, so that nobody waits for a rank that is gone."""
+        verdict: list[Any] = [problem]
+        if self.world_size > 1:
+            dist.broadcast_object_list(verdict, src=0)
+        if verdict[0] is not None:
+            raise ConfigError(verdict[0])
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before any process group exists (0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def place(config: Config) -> Iterator[Place]:
+    """Join the job that the launcher (torchrun, deepspeed, SLURM's environment) started; leave it at the end.
+
+    Raises:
+        ConfigError: several processes for ``sharding.backend: single``.
+        PeerError: a collective failed because another process is gone or hangs.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), launched_rank()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = config.sharding.backend
+    if backend == "single":
+        if world_size > 1:
+            raise ConfigError(
+                f"sharding.backend: single runs one process, but {world_size} were started; set fsdp2, zero3 or ddp"
+            )
+        yield Place(0, 1, _device(local_rank))
+        return
+    if "WORLD_SIZE" not in os.environ:
+        # No launcher: a job of one process, in which every backend works as it does in a larger one.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    device = _device(local_rank)
+    timeout = timedelta(seconds=config.sharding.reduce_timeout_s)
+    if backend == "zero3":
+        _init_deepspeed(device, timeout)
+    else:
+        dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
+    try:
+        yield Place(rank, world_size, device)
+    except DigrapError:
+        raise
+    except RuntimeError as error:  # torch raises plain RuntimeErrors for gloo, DistBackendError (a subclass) for NCCL
+        if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
+            line = str(error).strip().splitlines()[0]
+            raise PeerError(f"rank {rank}: another process failed or hangs: {line}") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+def _init_deepspeed(device: torch.device, timeout: timedelta) -> None:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError("sharding.backend: zero3 needs DeepSpeed: pip install 'digrap-scale[deepspeed]'") from error
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else None, timeout=timeout, verbose=False)
+
+
+def _device(local_rank: int) -> torch.device:
+    """This process's accelerator, or the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(accelerator.type, local_rank)
+
+
+def _free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed Python, NumPy and torch; dropout differs between ranks, weights are drawn before from the run's seed alone."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
