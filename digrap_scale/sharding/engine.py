@@ -19,7 +19,8 @@ class Engine:
     """One process, plain tensors.
 
     Attributes:
-        model: what is called with a batch's inputs.
+        module: the model itself.
+        model: what is called with a batch's inputs: the module, wrapped.
         optimizer: holds the parameter groups whose learning rates the schedule sets.
         device: where batches go.
         accumulation_steps: micro-batches of one optimizer step.
@@ -34,6 +35,7 @@ class Engine:
         micro = config.training.micro_batch_samples or config.training.global_batch_samples // world_size
         self.micro_batch_samples = micro
         self.accumulation_steps = config.training.global_batch_samples // (micro * world_size)
+        self.module = model
         self._wrap(model, make_optimizer)
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:

@@ -24,7 +24,7 @@ from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite
 from digrap_scale.method.build import from_config
 from digrap_scale.models.build import BuiltModel, build_model
-from digrap_scale.models.groups import build_groups
+from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.projector import Projector, attach
 from digrap_scale.sharding.build import build_engine
 from digrap_scale.sharding.engine import Engine
@@ -54,7 +54,8 @@ def train(config: Config) -> None:
             strength_every_steps=config.logging.strength_every_steps,
         ) as log:
             run = _build(config, here)
-            for line in run.built.report:
+            groups = build_groups(run.engine.module, config.optimizer)
+            for line in run.built.report + describe_groups(groups):
                 log.message(line)
             projector = _attach(run, config)
             train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)

@@ -1,0 +1,1 @@
+"""What a model is trained for: samples → batch, batch → loss and logits."""

@@ -1,0 +1,93 @@
+"""What every task shares: labels, pixels, and the three things that training and evaluation ask of it."""
+
+# B samples of a batch, C classes, H × W pixels
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from digrap_scale.data.augment import random_resized_crop
+from digrap_scale.errors import ConfigError
+from digrap_scale.types import Batch
+
+
+class Task(ABC):
+    """Collates samples, and calls the model once, at its root, for a loss or for logits.
+
+    Attributes:
+        class_names: names of the classes, in the order of the logits' columns; empty for a task without classes.
+    """
+
+    def __init__(
+        self, processor: Any, *, class_names: Sequence[str], label_field: str, crop: bool, dtype: torch.dtype
+    ) -> None:
+        self.processor = processor
+        self.class_names = list(class_names)
+        self.label_field = label_field
+        self.crop = crop
+        self.dtype = dtype
+        self._index = {name: index for index, name in enumerate(self.class_names)}
+
+    @abstractmethod
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """Samples (``key``, ``shard``, ``image`` PIL RGB, ``meta``, ``seed``) → batch with labels [B] int64.
+
+        Raises:
+            ConfigError: a sample without its label or caption, or with an unknown label; names shard and key.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean loss over the batch's samples with a label ≥ 0: a float32 scalar with a graph."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """[B, C] float32: a score for each class."""
+
+    def pixels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """[B, 3, H, W] through the model's image processor, in the dtype of the model's weights."""
+        images = [sample["image"] for sample in samples]
+        if self.crop:
+            images = [random_resized_crop(sample["image"], sample["seed"]) for sample in samples]
+        try:
+            pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        except ValueError as error:
+            first = f"{samples[0]['shard']}: sample {samples[0]['key']}"
+            line = " ".join(str(error).split())
+            raise ConfigError(f"{first} and {len(samples) - 1} more: the image processor failed: {line}") from error
+        return pixel_values.to(self.dtype)
+
+    def labels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """[B] int64 class indices."""
+        return torch.tensor([self._label(sample) for sample in samples], dtype=torch.int64)
+
+    def _label(self, sample: dict[str, Any]) -> int:
+        name = text_field(sample, self.label_field, "data.label_field")
+        if name not in self._index:
+            near = difflib.get_close_matches(name, self.class_names, n=1, cutoff=0)
+            raise ConfigError(
+                f"{sample['shard']}: sample {sample['key']}: label {name!r} is not among the {len(self.class_names)} "
+                f"names of data.classes (nearest: {', '.join(near)})"
+            )
+        return self._index[name]
+
+
+def text_field(sample: dict[str, Any], field: str, option: str) -> str:
+    """A text of a sample's JSON.
+
+    Raises:
+        ConfigError: it is missing or not a text; names shard, key, field and the option that chose the field.
+    """
+    value = sample["meta"].get(field)
+    if not isinstance(value, str) or not value:
+        where = f"{sample['shard']}: sample {sample['key']}: JSON field {field!r} ({option})"
+        there = ", ".join(sample["meta"]) or "none"
+        found = f"is {value!r}" if field in sample["meta"] else f"is missing (there are: {there})"
+        raise ConfigError(f"{where} {found}; expected a text")
+    return value

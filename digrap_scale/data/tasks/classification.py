@@ -1,0 +1,29 @@
+"""Image classification: one logit a class, cross entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from digrap_scale.data.tasks.base import Task
+from digrap_scale.types import Batch
+
+
+class ClassificationTask(Task):
+    """``model(pixel_values=…).logits`` [B, C] against the class indices."""
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """``pixel_values`` [B, 3, H, W] and labels [B]; see ``Task.collate``."""
+        return Batch({"pixel_values": self.pixels(samples)}, self.labels(samples), [s["key"] for s in samples])
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean cross entropy; labels of −1 do not count."""
+        assert batch.labels is not None
+        return functional.cross_entropy(self.logits(model, batch), batch.labels, ignore_index=-1)
+
+    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """[B, C] float32."""
+        return model(**batch.inputs).logits.float()

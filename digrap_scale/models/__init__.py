@@ -1,0 +1,1 @@
+"""Models: transformers behind one ``build_model``; adapters, freezing, parameter groups."""

@@ -1,0 +1,53 @@
+"""Low-rank adapters through PEFT (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from digrap_scale.config.schema import LoraConfig
+from digrap_scale.errors import ConfigError
+from digrap_scale.models.names import nearest
+
+PREFIX = "base_model.model."
+SAVED_COPY = ".modules_to_save.default"
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """Wraps the model: its own weights freeze, adapters and ``modules_to_save`` train, in the model's dtype.
+
+    Raises:
+        ConfigError: ``target_modules`` or ``modules_to_save`` matches no module, or one that cannot be adapted.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    problems = [
+        f"model.lora.modules_to_save: {ending!r} matches no module; nearest: {nearest(ending, names)}"
+        for ending in lora.modules_to_save
+        if not any(name == ending or name.endswith("." + ending) for name in names)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    settings = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),  # PEFT divides by it: any number does
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save or None,
+    )
+    try:
+        # One dtype throughout: FSDP2 shards only blocks whose parameters agree in dtype.
+        return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except (ValueError, TypeError) as error:
+        targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+        line = " ".join(str(error).split())
+        close = "; ".join(f"nearest to {target!r}: {nearest(target, names)}" for target in targets)
+        raise ConfigError(f"model.lora.target_modules: {line} ({close})") from error
+
+
+def original_name(name: str) -> str:
+    """A wrapped model's parameter name as the model itself has it; adapters' own names only lose the prefix."""
+    return name.removeprefix(PREFIX).replace(SAVED_COPY, "").replace(".base_layer.", ".")

@@ -1,0 +1,261 @@
+"""One way to every model: transformers' Auto classes on a folder in Hugging Face layout.
+
+Our own towers are known to the Auto classes by importing ``models.towers``. Weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from digrap_scale.config.schema import Config, ModelConfig
+from digrap_scale.errors import CheckpointError, ConfigError
+from digrap_scale.models.adapters import add_lora, original_name
+from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
+from digrap_scale.models.groups import build_groups, describe_groups
+from digrap_scale.models.towers import TextTable
+from digrap_scale.models.towers.text_table import TEXTS_FILE
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_SHOWN_TENSORS = 8
+
+
+@dataclass
+class BuiltModel:
+    """A model, ready to shard and to train, and what belongs to it.
+
+    Attributes:
+        model: on the CPU, in ``model.dtype``; adapters added, parameters frozen.
+        processor: the image processor, or None if the folder has none.
+        tokenizer: the tokenizer, or None if the folder has none.
+        checkpoint_folder: where the pre-trained safetensors are.
+        new_parameters: names (of ``model``) that the checkpoint has no value for: a new head. They have no reference.
+        report: lines that tell what regexes and options did.
+    """
+
+    model: nn.Module
+    processor: Any | None
+    tokenizer: Any | None
+    checkpoint_folder: Path
+    new_parameters: set[str] = field(default_factory=set)
+    report: list[str] = field(default_factory=list)
+
+
+def build_model(config: Config, num_classes: int | None) -> BuiltModel:
+    """Builds the model of ``model.path`` with its pre-trained weights.
+
+    Parameters that start new (head, adapters) are drawn from ``run.seed``, so they are equal on every rank.
+
+    Args:
+        config: the run.
+        num_classes: outputs of a classifier; None keeps the checkpoint's.
+
+    Raises:
+        ConfigError: no such path or hub id, a head of another size without ``model.new_head``, a regex without a match.
+        CheckpointError: no safetensors, damaged ones, or tensors missing from or differing in shape with the model.
+    """
+    settings = config.model
+    folder = resolve_folder(settings)
+    model_config = _read_config(folder, settings, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.run.seed)
+        model, new = _load(folder, model_config, settings)
+        report = [f"new head: {name}" for name in sorted(new)]
+        wrapped: nn.Module = model
+        if settings.lora is not None:
+            wrapped = add_lora(model, settings.lora)
+            new = {name for name, _ in wrapped.named_parameters() if original_name(name) in new}
+    report += apply_freezing(wrapped, settings)
+    if settings.batch_norm == "frozen":
+        layers = freeze_batch_norm(wrapped)
+        if layers:
+            report.append(f"model.batch_norm: the statistics of {layers} layers are frozen")
+    processor = _optional(AutoImageProcessor, folder, settings, ("preprocessor_config.json", "processor_config.json"))
+    return BuiltModel(wrapped, processor, load_tokenizer(folder, settings), folder, new, report)
+
+
+def resolve_folder(settings: ModelConfig, weights: bool = True) -> Path:
+    """The local folder of ``model.path``; a hub id is downloaded (or taken from the cache) without any pickled file.
+
+    Args:
+        settings: the model's section.
+        weights: whether a download takes the safetensors too.
+
+    Raises:
+        ConfigError: neither a folder with a ``config.json`` nor a hub id that can be had.
+    """
+    path = Path(settings.path)
+    if path.exists() or settings.path.startswith((".", "/", "~")) or settings.path.count("/") > 1:
+        if not path.is_dir():
+            raise ConfigError(f"model.path: {settings.path} is not a folder")
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path: {settings.path} has no config.json; expected Hugging Face layout")
+        return path
+    files = _SMALL_FILES + ["*.safetensors"] * weights + ["*.py"] * settings.trust_remote_code
+    try:
+        return Path(snapshot_download(settings.path, allow_patterns=files))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ConfigError(
+            f"model.path: {settings.path!r} is neither a local folder nor a hub id that can be had: {_one_line(error)}"
+        ) from error
+
+
+def _read_config(folder: Path, settings: ModelConfig, num_classes: int | None) -> PreTrainedConfig:
+    """The model's config, with the head's size set."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path: {folder / 'config.json'} cannot be used: {_one_line(error)}") from error
+    if settings.task == "classification" and num_classes is not None and config.num_labels != num_classes:
+        if not settings.new_head:
+            raise ConfigError(
+                f"model.path: {folder} has a head of {config.num_labels} classes, data.classes has {num_classes}; "
+                "set model.new_head: true to start a new head"
+            )
+        config.num_labels = num_classes
+    return config
+
+
+def _auto_class(settings: ModelConfig) -> Any:
+    return AutoModelForImageClassification if settings.task == "classification" else AutoModel
+
+
+def _load(folder: Path, config: PreTrainedConfig, settings: ModelConfig) -> tuple[PreTrainedModel, set[str]]:
+    """The model with its weights, and the names that start new."""
+    try:
+        model, info = _auto_class(settings).from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, settings.dtype),
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            ignore_mismatched_sizes=True,  # judged below, tensor by tensor
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {_one_line(error)}") from error
+    differing = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    absent = set(info["missing_keys"]) - set(differing)
+    new: set[str] = set()
+    if (absent or differing) and settings.task == "classification":
+        new = (absent | set(differing)) & head_names(config, settings)
+    bad = sorted((absent | set(differing)) - (new if settings.new_head else set()))
+    if bad:
+        lines = [
+            f"{name} (checkpoint {list(differing[name][0])}, model {list(differing[name][1])})"
+            if name in differing
+            else f"{name} (missing)"
+            for name in bad
+        ]
+        more = f" and {len(lines) - _SHOWN_TENSORS} more" if len(lines) > _SHOWN_TENSORS else ""
+        remedy = "; set model.new_head: true to start a new head" if set(bad) <= new else ""
+        listed = ", ".join(lines[:_SHOWN_TENSORS])
+        raise CheckpointError(f"model.path: {folder}: tensors that do not fit the model: {listed}{more}{remedy}")
+    if info.get("error_msgs"):
+        raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {'; '.join(info['error_msgs'])}")
+    return model, new
+
+
+def head_names(config: PreTrainedConfig, settings: ModelConfig) -> set[str]:
+    """Names of a classifier's head: what lies outside the base model, or changes shape with the number of classes."""
+    wider = copy.deepcopy(config)
+    wider.num_labels = len(config.id2label or {}) + 1
+    model, other = meta_model(config, settings), meta_model(wider, settings)
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    names = {name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]}
+    base = model.base_model_prefix
+    if model.base_model is not model:
+        names |= {name for name, _ in model.named_parameters() if not name.startswith(base + ".")}
+    return names
+
+
+def meta_model(config: PreTrainedConfig, settings: ModelConfig) -> PreTrainedModel:
+    """The model's shapes without memory."""
+    with torch.device("meta"):
+        return _auto_class(settings).from_config(config, trust_remote_code=settings.trust_remote_code)
+
+
+def _optional(auto: Any, folder: Path, settings: ModelConfig, files: tuple[str, ...]) -> Any | None:
+    """A processor or tokenizer of the folder, or None if none of its files is there."""
+    if not any((folder / name).is_file() for name in files):
+        return None
+    # PIL's resampling on every machine, whether torchvision is installed or not.
+    extra = {"backend": "pil"} if auto is AutoImageProcessor else {}
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=settings.trust_remote_code, **extra)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(f"model.path: {folder}: {auto.__name__} cannot be loaded: {_one_line(error)}") from error
+
+
+def load_tokenizer(folder: Path, settings: ModelConfig) -> Any | None:
+    """The folder's tokenizer or text table; None if it has neither."""
+    if (folder / TEXTS_FILE).is_file():
+        return TextTable.from_pretrained(folder)
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
+    return _optional(AutoTokenizer, folder, settings, files)
+
+
+def check_model(config: Config, num_classes: int | None = None) -> list[str]:
+    """Every problem of the model's section that shows without its weights, a line each; empty if nothing was found.
+
+    The model is built on the meta device from its config, so regexes meet the real names.
+    """
+    settings = config.model
+    try:
+        folder = resolve_folder(settings, weights=False)
+        model = meta_model(_read_config(folder, settings, num_classes), settings)
+    except ConfigError as error:
+        return error.problems
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        return [f"model.path: {settings.path}: no model can be built from its config.json: {_one_line(error)}"]
+    problems = []
+    if folder == Path(settings.path) and not any(folder.glob("*.safetensors")):
+        problems.append(f"model.path: {settings.path} has no safetensors weights")
+    if settings.task == "contrastive" and load_tokenizer(folder, settings) is None:
+        problems.append(f"model.path: {settings.path} has no tokenizer, and model.task: contrastive needs one")
+    wrapped: nn.Module = model
+    try:
+        if settings.lora is not None:
+            with torch.device("meta"):
+                wrapped = add_lora(model, settings.lora)
+    except ConfigError as error:
+        return problems + error.problems
+    for check in (lambda: apply_freezing(wrapped, settings), lambda: build_groups(wrapped, config.optimizer)):
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def describe_model(config: Config, num_classes: int | None = None) -> list[str]:
+    """What the regexes of a config without problems (``check_model``) match, a line each; loads no weights."""
+    settings = config.model
+    with torch.device("meta"):
+        model: nn.Module = meta_model(_read_config(resolve_folder(settings), settings, num_classes), settings)
+        if settings.lora is not None:
+            model = add_lora(model, settings.lora)
+    return apply_freezing(model, settings) + describe_groups(build_groups(model, config.optimizer))
+
+
+def _one_line(error: Exception) -> str:
+    """An error's text on one line, without the advice that libraries add below their first paragraph."""
+    text = str(error).strip().split("\n\n")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:400]

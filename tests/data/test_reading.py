@@ -1,0 +1,109 @@
+"""Broken and hostile samples are refused by name."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from digrap_scale.data import reading
+from digrap_scale.data.reading import TarCursor, decode_image, read_members, samples_of
+from digrap_scale.data.shards import ShardSet, write_shards
+from digrap_scale.data.splitting import Span
+from digrap_scale.errors import ConfigError
+from tests.data.samples import encoded, make_samples, raw_tar, sample_members
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (sample_members("k", image=encoded()[:40]), "the image cannot be decoded"),
+        (sample_members("k", image=b""), "the image cannot be decoded"),
+        (sample_members("k")[:1], "expected one image (webp, jpg, jpeg, png), found none"),
+        ([*sample_members("k"), ("k.jpg", encoded())], "found jpg and png"),
+        (sample_members("k")[1:], "has no json"),
+        ([("k.json", b"{"), ("k.png", encoded())], "the JSON cannot be decoded"),
+        ([("k.json", b"\xff\xfe"), ("k.png", encoded())], "the JSON cannot be decoded"),
+        ([("k.json", b"[" * 200_000), ("k.png", encoded())], "the JSON cannot be decoded"),
+        ([("k.json", b"[]"), ("k.png", encoded())], "the JSON is a list"),
+        ([*sample_members("k"), ("k.png", encoded())], "has the same member twice"),
+        ([("k.json", b"{}"), ("k.png", encoded()), ("k.JSON", b"{}")], "has the same member twice"),
+    ],
+)
+def test_broken_samples_are_named(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+    path = raw_tar(tmp_path / "x.tar", [*sample_members("good"), *members])
+    with pytest.raises(ConfigError) as error:
+        list(samples_of([Span(0, 0, 2)], [path]))
+    assert message in str(error.value) and str(error.value).startswith(f"{path}: sample k")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_IMAGE_PIXELS", 63)
+    with pytest.raises(ConfigError, match="x: the image has 8×8 pixels"):
+        decode_image(encoded(size=8), "x")
+
+
+def test_only_the_three_formats_are_decoded() -> None:
+    for extension in ("gif", "bmp", "tiff", "eps"):
+        with pytest.raises(ConfigError, match="cannot be decoded"):
+            decode_image(encoded(extension=extension), "x")
+
+
+def test_transparency_goes_onto_white() -> None:
+    assert decode_image(encoded((255, 0, 0, 0)), "x").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded((0, 0, 0, 128), extension="webp"), "x").getpixel((0, 0))[0] in range(125, 130)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    stream = io.BytesIO()
+    palette.save(stream, "png", transparency=1)
+    assert decode_image(stream.getvalue(), "x").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded((1, 2, 3), extension="png"), "x").getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_links_and_large_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        link = tarfile.TarInfo("k.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        TarCursor(tmp_path / "x.tar").read()
+    monkeypatch.setattr(reading, "MAX_MEMBER_BYTES", 10)
+    path = raw_tar(tmp_path / "y.tar", sample_members("k"))
+    with pytest.raises(ConfigError, match="limit 10"):
+        TarCursor(path).read()
+
+
+def test_spans_start_inside_shards_and_go_back(tmp_path: Path) -> None:
+    write_shards(make_samples(12), tmp_path, prefix="p", samples_per_shard=6)
+    shards = ShardSet.open([f"{tmp_path}/p-*.tar"])
+    spans = [Span(0, 2, 4), Span(0, 5, 6), Span(0, 1, 2), Span(1, 0, 1), Span(0, 0, 2)]
+    assert [s["meta"]["number"] for s in samples_of(spans, shards.paths)] == [2, 3, 5, 1, 6, 0, 1]
+
+
+def test_a_shard_that_shrank_or_is_cut_off_is_named(tmp_path: Path) -> None:
+    path = raw_tar(tmp_path / "x.tar", [m for i in range(3) for m in sample_members(f"k{i}")])
+    with pytest.raises(ConfigError, match="ends after 3 samples, expected 5"):
+        list(read_members([Span(0, 0, 5)], [path]))
+    path.write_bytes(path.read_bytes()[:1300])
+    with pytest.raises(ConfigError, match="x.tar"):
+        list(read_members([Span(0, 0, 3)], [path]))
+    path.unlink()
+    with pytest.raises(ConfigError, match="x.tar: cannot be read"):
+        list(read_members([Span(0, 0, 3)], [path]))
+
+
+def test_folders_in_a_tar_are_skipped(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        folder = tarfile.TarInfo("sub")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in sample_members("sub/k"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    shards = ShardSet.open([f"{tmp_path}/x.tar"])
+    assert [s["key"] for s in samples_of([Span(0, 0, 1)], shards.paths)] == ["sub/k"]
