@@ -22,6 +22,7 @@ from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.method import statistics as S
 from digrap_scale.method.base import Method
 from digrap_scale.method.build import build_method
+from digrap_scale.method.kernels import choose_kernels
 from digrap_scale.reference.names import match_names, tied_aliases
 from digrap_scale.reference.store import SafetensorsReader, load_slices
 from digrap_scale.sharding.base import Backend, unwrapped_name
@@ -228,6 +229,10 @@ class Projector:
             self.method.load(restored)
         self.report = StepReport(step=int(state["step"]))
 
+    def held_tensors(self) -> list[torch.Tensor]:
+        """The shards that the projector keeps beside the model: the reference, and the weights before the last step."""
+        return [tensor for tensor in (*self._reference_L, *self._previous_L) if tensor is not None]
+
     def note_engine_skip(self) -> None:
         """Report a step that the engine itself skipped (overflow) before it called the optimizer. Collective."""
         self._start_report(math.inf, self.backend.nonfinite_layers() or ["(not known)"])
@@ -259,6 +264,7 @@ def attach(
     reference_rename: Mapping[str, str] | None = None,
     not_projected: Sequence[str] = (),
     max_grad_norm: float | None = None,
+    kernels: Literal["auto", "eager", "compile"] = "auto",
     **method_options: Any,
 ) -> Projector:
     """Attach a method to an optimizer; nothing else in the training loop changes.
@@ -276,6 +282,8 @@ def attach(
         reference_rename: regex → replacement, from parameter names to the file's names, where they differ.
         not_projected: regexes of parameters that have no reference (a new head).
         max_grad_norm: clip the global gradient norm before the projection, from the same reduction.
+        kernels: how large layers are walked: ``"eager"``, ``"compile"`` (torch.compile), or ``"auto"``: compiled where a
+            rank holds 32 M trained elements or more and a compiler is there. The choice is logged.
         method_options: arguments of the method given by name (``strength_lr=1e-2``).
 
     Returns:
@@ -306,7 +314,14 @@ def attach(
         projected_L = torch.tensor(projected)
         if reference_placement == "cpu":
             reference_L = [None if tensor is None else tensor.cpu() for tensor in reference_L]
-        logger.info("method %s: %d of %d layers have a reference", chosen.name, int(projected_L.sum()), len(projected_L))
+        logger.info(
+            "method %s: %d of %d layers have a reference", chosen.name, int(projected_L.sum()), len(projected_L)
+        )
+    try:
+        chosen.kernels = choose_kernels(kernels, sum(spec.numel for spec in backend.specs), backend.weights()[0].device)
+    except ValueError as error:
+        raise ConfigError(f"attach: {error}") from error
+    logger.info("method %s: %s kernels", chosen.name, chosen.kernels.name)
     return Projector(backend, chosen, reference_L, projected_L, max_grad_norm)
 
 
@@ -346,7 +361,9 @@ def _references(
     elif isinstance(reference, Mapping):
         for layer, (spec, weight) in enumerate(zip(backend.specs, weights, strict=True)):
             if spec.name in reference and spec.name not in exempt:
-                slices[layer] = _slice_of(spec.name, reference[spec.name], spec.shape, spec.start, spec.stop).to(weight.device)
+                slices[layer] = _slice_of(spec.name, reference[spec.name], spec.shape, spec.start, spec.stop).to(
+                    weight.device
+                )
             projected[layer] &= spec.name in reference or spec.name in adapters
         if not any(projected):
             raise ConfigError(f"reference: none of its {len(reference)} names is a trained parameter of the model")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from digrap_scale.method import statistics as S
+from digrap_scale.method.kernels import Kernels, displacement
 from digrap_scale.types import ShardView
 
 
@@ -26,6 +27,7 @@ class Method:
         needs_previous: whether ``view.previous``, the weights before the last optimizer step, must be kept.
         has_strength: whether ω means something for it.
         acts_on_update: whether it has something to do after the optimizer's step.
+        kernels: how large layers are walked; set by whoever drives the method.
     """
 
     name = "none"
@@ -33,6 +35,7 @@ class Method:
     needs_previous = False
     has_strength = False
     acts_on_update = False
+    kernels: Kernels = Kernels()
 
     def prepare(self, projected_L: torch.Tensor) -> None:
         """Called once: ``projected_L`` [L] bool tells which layers have a reference."""
@@ -40,7 +43,7 @@ class Method:
 
     def statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
         """Local gradient statistics [L, 4] float64 on the shards' device; the backend then sums them over ranks."""
-        return S.gradient_statistics(views, with_previous=self.needs_previous)
+        return S.gradient_statistics(views, self.kernels, with_previous=self.needs_previous)
 
     def update(self, stats_LK: torch.Tensor, lr_L: torch.Tensor) -> None:
         """Take the reduced statistics of a finite step (CPU float64 [L, 4], of the clipped gradient) and the layers'
@@ -52,7 +55,7 @@ class Method:
 
     def update_statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
         """Local statistics [L, 2] float64 of the optimizer's update, for methods that act on it."""
-        return S.update_statistics(views)
+        return S.update_statistics(views, self.kernels)
 
     def apply_update_(self, views: Sequence[ShardView], layers: Sequence[int], stats_LK: torch.Tensor) -> None:
         """Change the new weights in place, from the reduced update statistics (CPU float64, a row a view)."""
@@ -82,7 +85,12 @@ def scale_gradients_(views: Sequence[ShardView], clip: float) -> None:
 
 
 def add_displacement_(
-    views: Sequence[ShardView], factors: Sequence[float], target: str, of: str = "weight", scale: float = 1.0
+    views: Sequence[ShardView],
+    factors: Sequence[float],
+    target: str,
+    kernels: Kernels,
+    of: str = "weight",
+    scale: float = 1.0,
 ) -> None:
     """x ← scale · x + factor · (θ − θ₀) in place, one pass over memory.
 
@@ -90,6 +98,7 @@ def add_displacement_(
         views: shards to change.
         factors: one a view; 0 leaves a view's direction alone.
         target: what x is, ``"grad"`` or ``"weight"``.
+        kernels: how large layers are walked.
         of: which θ is meant, ``"weight"`` (the present one) or ``"previous"`` (before the optimizer's step).
         scale: factor of x itself.
     """
@@ -104,21 +113,20 @@ def add_displacement_(
             continue
         active.append(view)
         active_factors.append(factor)
-    for span in S.spans(active, range(len(active))):
-        weight = S.gather(span, of)
-        assert weight is not None, f"{of} is needed for {span.views[0].spec.name}"
-        d = S.displacement(weight, S.gather(span, "reference"))
-        if span.lengths:
-            pieces = list(d.split(span.lengths))
-            targets = [getattr(view, target) for view in span.views]
-        else:
-            pieces = [d]
-            targets = [getattr(span.views[0], target)[span.start : span.stop]]
-        for tensor, piece, position in zip(targets, pieces, span.layers, strict=True):
+    large, packs = S.pack_small(active)
+    for row in large:
+        view = active[row]
+        kernels.add_displacement_(getattr(view, target), getattr(view, of), view.reference, active_factors[row], scale)
+    for pack in packs:
+        theta = pack.gather(of)
+        assert theta is not None, f"{of} is needed for {pack.views[0].spec.name}"
+        d = displacement(theta, pack.gather("reference"))
+        targets = [getattr(view, target) for view in pack.views]
+        for tensor, piece, row in zip(targets, d.split(pack.lengths), pack.layers, strict=True):
             # The sum is taken in float32 and rounded once where the target is narrower.
             exact = tensor if tensor.dtype == torch.float32 else tensor.float()
             if scale != 1.0:
                 exact.mul_(scale)
-            exact.add_(piece, alpha=active_factors[position])
+            exact.add_(piece, alpha=active_factors[row])
             if exact is not tensor:
                 tensor.copy_(exact)

@@ -11,9 +11,7 @@ from digrap_scale.method.l2sp import L2SP
 from digrap_scale.method.pcgrad import PCGrad
 from digrap_scale.method.spd import SPD
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, DiGraP, DiGraPUpdate, L2SP, PCGrad, SPD)
-}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Method, DiGraP, DiGraPUpdate, L2SP, PCGrad, SPD)}
 
 
 def build_method(name: str, **options: object) -> Method:

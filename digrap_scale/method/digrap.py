@@ -77,14 +77,16 @@ class DiGraP(Method):
         if self.normalization == "layers":
             return normalize(h_L)
         if self.normalization == "cosine":
-            size_L = self.lr_L * stats_LK[:, S.GRAD_SQ].sqrt() * self.coefficient_L.abs() * self.displacement_sq_L.sqrt()
+            size_L = (
+                self.lr_L * stats_LK[:, S.GRAD_SQ].sqrt() * self.coefficient_L.abs() * self.displacement_sq_L.sqrt()
+            )
             return torch.where(size_L > 0, h_L / size_L, torch.zeros_like(h_L))
         return h_L
 
     def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
         strength_L = torch.where(self.conflict_L, self.strength().double(), torch.zeros_like(self.coefficient_L))
         factor_L = -strength_L * self.coefficient_L
-        add_displacement_(views, factor_L[list(layers)].tolist(), "grad", scale=clip)
+        add_displacement_(views, factor_L[list(layers)].tolist(), "grad", self.kernels, scale=clip)
 
     def conflict(self) -> torch.Tensor:
         return self.conflict_L

@@ -59,7 +59,9 @@ class DiGraPUpdate(Method):
         away_L = (stats_LK[:, S.UPDATE_DISPLACEMENT] > 0) & (sq_L > 0) & self.projected_L[rows]
         a_L = torch.where(away_L, stats_LK[:, S.UPDATE_DISPLACEMENT] / sq_L, torch.zeros_like(sq_L))
         self.coefficient_L[rows] = a_L
-        add_displacement_(views, (-self.strength()[rows].double() * a_L).tolist(), "weight", of="previous")
+        add_displacement_(
+            views, (-self.strength()[rows].double() * a_L).tolist(), "weight", self.kernels, of="previous"
+        )
 
     def conflict(self) -> torch.Tensor:
         return self.coefficient_L > 0

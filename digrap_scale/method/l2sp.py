@@ -34,4 +34,4 @@ class L2SP(Method):
         self.weight_L = torch.where(stats_LK[:, S.GRAD_SQ] > 0, self.weight, 0.0)
 
     def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
-        add_displacement_(views, self.weight_L[list(layers)].tolist(), "grad", scale=clip)
+        add_displacement_(views, self.weight_L[list(layers)].tolist(), "grad", self.kernels, scale=clip)

@@ -28,7 +28,7 @@ class PCGrad(Method):
         self.coefficient_L = torch.where(self.conflict_L, inner_L / sq_L, torch.zeros_like(inner_L))
 
     def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
-        add_displacement_(views, (-self.coefficient_L)[list(layers)].tolist(), "grad", scale=clip)
+        add_displacement_(views, (-self.coefficient_L)[list(layers)].tolist(), "grad", self.kernels, scale=clip)
 
     def conflict(self) -> torch.Tensor:
         return self.conflict_L

@@ -46,4 +46,4 @@ class SPD(Method):
         new_sq_L = (sq_L + 2 * stats_LK[:, S.UPDATE_DISPLACEMENT] + stats_LK[:, S.UPDATE_SQ]).clamp(min=0)
         ratio_L = torch.where(new_sq_L > 0, 1 - (sq_L / new_sq_L).sqrt(), torch.zeros_like(sq_L)).clamp(0, 1)
         decay_L = torch.where(selected_L, self.weight * ratio_L, torch.zeros_like(ratio_L))
-        add_displacement_(views, (-decay_L).tolist(), "weight")
+        add_displacement_(views, (-decay_L).tolist(), "weight", self.kernels)

@@ -2,17 +2,18 @@
 
 Shapes: L layers, K statistics, N local elements of a layer.
 
-Memory traffic is the cost, so large layers are walked in blocks that stay in cache and small ones are packed together
-(one kernel for many layers). Products are float32, sums across blocks float64.
+Memory traffic is the cost: large layers go through ``kernels`` one by one, small ones are packed together, so that one
+operation serves many layers. Products are float32, sums across blocks and ranks float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from digrap_scale.method.kernels import BLOCK_ELEMENTS, LARGE_ELEMENTS, Kernels, displacement
 from digrap_scale.types import ShardView
 
 # Columns of the gradient statistics, stats_LK.
@@ -27,42 +28,46 @@ UPDATE_DISPLACEMENT = 0  # ⟨u, d_t⟩ with u = θ_new − θ_{t-1}
 UPDATE_SQ = 1  # ‖u‖²
 UPDATE_STATISTICS = 2
 
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: a block's operands fit a core's share of cache
-
 
 @dataclass
-class Span:
-    """A piece of work: one block of a large layer, or several whole small layers packed side by side."""
+class Pack:
+    """Small layers side by side, so that one operation serves many; all of one kind (see ``_kind``)."""
 
-    layers: list[int]
-    views: list[ShardView]
-    start: int = 0
-    stop: int = 0
+    layers: list[int] = field(default_factory=list)
+    views: list[ShardView] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
+    def gather(self, name: str) -> torch.Tensor | None:
+        """All elements of ``grad`` / ``weight`` / ``reference`` / ``previous`` as one flat tensor (None if absent)."""
+        tensors: list[torch.Tensor] = [getattr(view, name) for view in self.views]
+        if tensors[0] is None:
+            return None
+        return torch.cat(tensors).to(self.views[0].weight.device, non_blocking=True)
 
-def spans(views: Sequence[ShardView], layers: Sequence[int], block_elements: int = BLOCK_ELEMENTS) -> Iterator[Span]:
-    """Cut ``views`` (rows ``layers`` of the statistics) into pieces of at most ``block_elements``; empty shards vanish.
+    def sums(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """⟨a, b⟩ of each layer: [layers of the pack] float32."""
+        return torch.segment_reduce(a * b, "sum", lengths=torch.tensor(self.lengths, device=a.device))
 
-    Only layers of the same kind (dtypes, device, reference or none) are packed together.
-    """
-    packs: dict[tuple[object, ...], Span] = {}
-    for layer, view in zip(layers, views, strict=True):
+
+def pack_small(views: Sequence[ShardView]) -> tuple[list[int], list[Pack]]:
+    """Rows of the large layers, to be walked one by one, and packs of the small ones; empty shards are in neither."""
+    large: list[int] = []
+    packs: list[Pack] = []
+    open_packs: dict[tuple[object, ...], Pack] = {}
+    for row, view in enumerate(views):
         size = view.weight.numel()
-        if size == 0:
-            continue
-        if size >= block_elements // 4:
-            for start in range(0, size, block_elements):
-                yield Span([layer], [view], start, min(start + block_elements, size))
-            continue
-        pack = packs.setdefault(_kind(view), Span([], []))
-        if pack.lengths and sum(pack.lengths) + size > block_elements:
-            yield pack
-            pack = packs[_kind(view)] = Span([], [])
-        pack.layers.append(layer)
-        pack.views.append(view)
-        pack.lengths.append(size)
-    yield from packs.values()
+        if size >= LARGE_ELEMENTS:
+            large.append(row)
+        elif size > 0:
+            kind = _kind(view)
+            pack = open_packs.get(kind)
+            if pack is None or sum(pack.lengths) + size > BLOCK_ELEMENTS:
+                pack = open_packs[kind] = Pack()
+                packs.append(pack)
+            pack.layers.append(row)
+            pack.views.append(view)
+            pack.lengths.append(size)
+    return large, packs
 
 
 def _kind(view: ShardView) -> tuple[object, ...]:
@@ -76,72 +81,26 @@ def _kind(view: ShardView) -> tuple[object, ...]:
     )
 
 
-def gather(span: Span, name: str) -> torch.Tensor | None:
-    """The span's elements of ``grad`` / ``weight`` / ``reference`` / ``previous`` as one flat tensor (None if absent).
-
-    What lives elsewhere (a reference kept on the CPU) comes to the weight's device here, a span at a time.
-    """
-    tensors: list[torch.Tensor] = [getattr(view, name) for view in span.views]
-    if tensors[0] is None:
-        return None
-    device = span.views[0].weight.device
-    if not span.lengths:
-        return tensors[0][span.start : span.stop].to(device, non_blocking=True)
-    return torch.cat(tensors).to(device, non_blocking=True)
-
-
-def displacement(weight: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
-    """d = θ − θ₀ in float32 (θ itself where the reference is zero)."""
-    if reference is None:
-        return weight.float()
-    return torch.sub(weight.float() if weight.dtype != torch.float32 else weight, reference)
-
-
-class Totals:
-    """Sums products of spans into ``stats_LK`` (float64, on the shards' device)."""
-
-    def __init__(self, layers: int, columns: int, device: torch.device) -> None:
-        self.stats_LK = torch.zeros(layers, columns, dtype=torch.float64, device=device)
-
-    def add(self, span: Span, column: int, a: torch.Tensor, b: torch.Tensor) -> None:
-        """stats[layer, column] += ⟨a, b⟩ for each of the span's layers."""
-        if not span.lengths:
-            self.stats_LK[span.layers[0], column] += torch.dot(a, b)
-            return
-        lengths = torch.tensor(span.lengths, device=a.device)
-        sums = torch.segment_reduce(a * b, "sum", lengths=lengths)
-        self.stats_LK[span.layers, column] += sums
-
-
-def gradient_statistics(views: Sequence[ShardView], *, with_previous: bool) -> torch.Tensor:
+def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_previous: bool) -> torch.Tensor:
     """⟨g, d_t⟩, ‖d_t‖², ⟨g, d_{t-1}⟩ and ‖g‖² of this rank's shards (METHOD §1, Algorithm 1 of arXiv 2502.15895).
 
     Args:
         views: all layers of the step, in their fixed order; shards may be empty, gradients absent (they count as zeros).
+        kernels: how large layers are walked.
         with_previous: whether ⟨g, d_{t-1}⟩ is wanted; layers without ``previous`` keep 0 there.
 
     Returns:
         stats_LK: [L, 4] float64 on the shards' device.
     """
     device = views[0].weight.device if views else torch.device("cpu")
-    totals = Totals(len(views), GRADIENT_STATISTICS, device)
-    for span in spans(views, range(len(views))):
-        grad, weight, reference = gather(span, "grad"), gather(span, "weight"), gather(span, "reference")
-        assert weight is not None
-        if grad is not None:
-            grad = grad.float()
-            totals.add(span, GRAD_SQ, grad, grad)
-        if not span.views[0].projected:
-            continue
-        now = displacement(weight, reference)
-        totals.add(span, DISPLACEMENT_SQ, now, now)
-        if grad is None:
-            continue
-        totals.add(span, GRAD_DISPLACEMENT, grad, now)
-        previous = gather(span, "previous") if with_previous else None
-        if previous is not None:
-            totals.add(span, GRAD_PREVIOUS, grad, displacement(previous, reference))
-    stats_LK = totals.stats_LK
+    stats_LK = torch.zeros(len(views), GRADIENT_STATISTICS, dtype=torch.float64, device=device)
+    large, packs = pack_small(views)
+    for row in large:
+        view = views[row]
+        previous = view.previous if with_previous else None
+        stats_LK[row] = kernels.gradient_products(view.grad, view.weight, view.reference, previous, view.projected)
+    for pack in packs:
+        _add_pack(stats_LK, pack, with_previous)
     scales = [view.grad_scale for view in views]
     if any(scale != 1.0 for scale in scales):
         scale_L = torch.tensor(scales, dtype=torch.float64, device=device)
@@ -151,19 +110,46 @@ def gradient_statistics(views: Sequence[ShardView], *, with_previous: bool) -> t
     return stats_LK
 
 
-def update_statistics(views: Sequence[ShardView]) -> torch.Tensor:
+def _add_pack(stats_LK: torch.Tensor, pack: Pack, with_previous: bool) -> None:
+    grad, weight, reference = pack.gather("grad"), pack.gather("weight"), pack.gather("reference")
+    assert weight is not None
+    if grad is not None:
+        grad = grad.float()
+        stats_LK[pack.layers, GRAD_SQ] = pack.sums(grad, grad).double()
+    if not pack.views[0].projected:
+        return
+    now = displacement(weight, reference)
+    stats_LK[pack.layers, DISPLACEMENT_SQ] = pack.sums(now, now).double()
+    if grad is None:
+        return
+    stats_LK[pack.layers, GRAD_DISPLACEMENT] = pack.sums(grad, now).double()
+    previous = pack.gather("previous") if with_previous else None
+    if previous is not None:
+        stats_LK[pack.layers, GRAD_PREVIOUS] = pack.sums(grad, displacement(previous, reference)).double()
+
+
+def update_statistics(views: Sequence[ShardView], kernels: Kernels) -> torch.Tensor:
     """⟨u, d_t⟩ and ‖u‖² of this rank's shards, u = θ_new − θ_{t-1} being the optimizer's whole step.
 
     ``views`` hold the new weights, and in ``previous`` the ones before the step. Returns [L, 2] float64.
     """
     device = views[0].weight.device if views else torch.device("cpu")
-    totals = Totals(len(views), UPDATE_STATISTICS, device)
-    for span in spans(views, range(len(views))):
-        if not span.views[0].projected:
+    stats_LK = torch.zeros(len(views), UPDATE_STATISTICS, dtype=torch.float64, device=device)
+    large, packs = pack_small(views)
+    for row in large:
+        view = views[row]
+        if view.projected:
+            assert view.previous is not None, f"{view.spec.name}: the weights before the step were not kept"
+            stats_LK[row] = kernels.update_products(view.weight, view.previous, view.reference)
+    for pack in packs:
+        weight, previous = pack.gather("weight"), pack.gather("previous")
+        if not pack.views[0].projected:
             continue
-        weight, previous, reference = gather(span, "weight"), gather(span, "previous"), gather(span, "reference")
         assert weight is not None and previous is not None
-        update = weight.float() - previous.float()
-        totals.add(span, UPDATE_SQ, update, update)
-        totals.add(span, UPDATE_DISPLACEMENT, update, displacement(previous, reference))
-    return totals.stats_LK
+        before = previous.float()
+        update = weight.float() - before
+        stats_LK[pack.layers, UPDATE_DISPLACEMENT] = pack.sums(
+            update, displacement(before, pack.gather("reference"))
+        ).double()
+        stats_LK[pack.layers, UPDATE_SQ] = pack.sums(update, update).double()
+    return stats_LK

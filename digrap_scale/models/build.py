@@ -249,9 +249,8 @@ def describe_model(config: Config, num_classes: int | None = None) -> list[str]:
     """What the regexes of a config without problems (``check_model``) match, a line each; loads no weights."""
     settings = config.model
     with torch.device("meta"):
-        model: nn.Module = meta_model(_read_config(resolve_folder(settings), settings, num_classes), settings)
-        if settings.lora is not None:
-            model = add_lora(model, settings.lora)
+        base = meta_model(_read_config(resolve_folder(settings), settings, num_classes), settings)
+        model: nn.Module = base if settings.lora is None else add_lora(base, settings.lora)
     return apply_freezing(model, settings) + describe_groups(build_groups(model, config.optimizer))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,9 @@ def match_names(
             continue
         for name in present:
             if reader.shapes[name] != spec.shape:
-                reshaped.append(f"{spec.name}: expected shape {list(spec.shape)}, found {list(reader.shapes[name])} in {name}")
+                reshaped.append(
+                    f"{spec.name}: expected shape {list(spec.shape)}, found {list(reader.shapes[name])} in {name}"
+                )
             elif not reader.dtypes[name].startswith(("F", "BF")):
                 reshaped.append(f"{spec.name}: expected a floating dtype, found {reader.dtypes[name]} in {name}")
         found[spec.name] = present
@@ -73,7 +76,9 @@ def _find(
 
 def _diff(reader: SafetensorsReader, missing: list[str], reshaped: list[str], used: set[str]) -> str:
     spare = [name for name in reader.names() if name not in used]
-    lines = [f"{reader.path}: this reference does not fit the model ({len(missing)} missing, {len(reshaped)} different)"]
+    lines = [
+        f"{reader.path}: this reference does not fit the model ({len(missing)} missing, {len(reshaped)} different)"
+    ]
     for name in missing:
         near = difflib.get_close_matches(name, spare, n=1, cutoff=0.5)
         lines.append(f"  missing: {name}" + (f" (nearest in the file: {near[0]})" if near else ""))
@@ -87,8 +92,9 @@ def _file_names_by_model_name(model: nn.Module, reader: SafetensorsReader) -> di
     """The renaming that transformers applies when it loads this file, turned round; identity for other models."""
     import transformers
 
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's wrapper
+    if unwrap is not None:
+        model = unwrap()
     if not isinstance(model, transformers.PreTrainedModel):
         return {}
     # Not exported at transformers' top level, but shared with PEFT and pinned by tests/reference.
@@ -108,14 +114,12 @@ def _file_names_by_model_name(model: nn.Module, reader: SafetensorsReader) -> di
     return names
 
 
-def _plain_twin(model: nn.Module) -> nn.Module:
+def _plain_twin(model: Any) -> Any:
     """The same architecture without weights and wrappers (FSDP2 changes a module's class, ZeRO-3 its parameters)."""
-    from torch.distributed.fsdp import FSDPModule
-
-    plain = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    # Told by the class's name: this room knows no process group.
+    plain = next(cls for cls in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in cls.__mro__))
     with torch.device("meta"):
-        twin: nn.Module = plain(model.config)
-    return twin
+        return plain(model.config)
 
 
 def tied_aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -66,7 +66,9 @@ class SafetensorsReader:
             raise CheckpointError(f"{path}: expected an index with a weight_map of names to files ({error})") from error
         for file in names_of:
             if Path(file).name != file:
-                raise CheckpointError(f"{path}: names the file {file!r}; expected a plain name in the index's own folder")
+                raise CheckpointError(
+                    f"{path}: names the file {file!r}; expected a plain name in the index's own folder"
+                )
             if not (path.parent / file).is_file():
                 raise CheckpointError(f"{path}: names the file {file!r}, which is missing")
         return [(path.parent / file, names) for file, names in sorted(names_of.items())]

@@ -103,11 +103,28 @@ class FSDP2Engine(Engine):
             param_dtype=torch.bfloat16 if sharding.mixed_precision == "bfloat16" else None,
             reduce_dtype=torch.float32 if sharding.mixed_precision == "bfloat16" else None,
         )
-        for block in blocks_to_wrap(model, sharding.wrap):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
+        # fully_shard refuses 0-d parameters (CLIP's logit_scale): they stay whole on every rank.
+        self._scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+        for module in [*blocks_to_wrap(model, sharding.wrap), model]:
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=sharding.reshard_after_forward,
+                ignored_params=set(self._scalars),
+            )
+        for parameter in self._scalars:
+            parameter.data = parameter.data.to(self.device)
         self.model = model
         self.optimizer = make_optimizer(model)
+        _separate_plain_tensors(self.optimizer)
+
+    def step(self) -> None:
+        for parameter in self._scalars:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world_size
+        super().step()
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -116,7 +133,18 @@ class FSDP2Engine(Engine):
         return nullcontext()
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _separate_plain_tensors(optimizer: Optimizer) -> None:
+    """Give plain tensors parameter groups of their own: fused and foreach kernels do not take them beside DTensors."""
+    for group in list(optimizer.param_groups):
+        plain = [parameter for parameter in group["params"] if not isinstance(parameter, DTensor)]
+        if 0 < len(plain) < len(group["params"]):
+            group["params"] = [parameter for parameter in group["params"] if isinstance(parameter, DTensor)]
+            optimizer.add_param_group({**group, "params": plain})
 
 
 def blocks_to_wrap(model: nn.Module, class_names: list[str]) -> list[nn.Module]:

@@ -174,9 +174,16 @@ class Zero3Engine(Engine):
         # The engine casts buffers with the weights; BatchNorm's statistics are kept as they were.
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        # DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is 1-d
+        # until it is partitioned, and gathered in its own shape from then on.
+        scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(model), config=self.deepspeed_config(), dist_init_required=False
         )
+        for parameter in scalars:
+            parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
         self.optimizer = self.model.optimizer.optimizer
 
     def deepspeed_config(self) -> dict[str, Any]:

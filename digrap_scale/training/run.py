@@ -19,6 +19,7 @@ from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.data.tasks.build import build_task, required_classes
+from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite
@@ -80,18 +81,23 @@ def train(config: Config) -> None:
                     _report(config, folder, result, config.method.name)
 
 
-def evaluate(config: Config, weights: str | None = None) -> SuiteResult:
+def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -> SuiteResult:
     """The suite's table for ``model.path``, or for the weights in folder ``weights`` (a run's ``final/``).
 
-    Written to ``run.folder``/evaluation; returns the result on every rank.
+    Written to ``run.folder``/evaluation, and printed if ``show``; returns the result on every rank.
+
+    Raises:
+        ConfigError: the config has no suite; see ``train`` for the others.
     """
+    if not config.evaluation.suite:
+        raise ConfigError("evaluation.suite: expected at least one test set, found none")
     if weights is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights, "lora": None})})
     with place(config) as here:
         run = _build(config, here)
         result = _evaluate(run, config, here)
         if here.rank == 0:
-            _report(config, Path(config.run.folder) / "evaluation", result, weights or config.model.path)
+            _report(config, Path(config.run.folder) / "evaluation", result, weights or config.model.path, show=show)
         return result
 
 
@@ -177,9 +183,7 @@ def _evaluate(run: _Run, config: Config, here: Place) -> SuiteResult:
     }
     shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
     with run.engine.inference():
-        return evaluate_suite(
-            run.engine.model, run.task, loaders, shifts, device=here.device, reduce_=here.sum_
-        )
+        return evaluate_suite(run.engine.model, run.task, loaders, shifts, device=here.device, reduce_=here.sum_)
 
 
 @dataclass
@@ -193,7 +197,7 @@ class _Prepared(Iterable[Batch]):
         return (prepared(self.engine, batch) for batch in self.loader)
 
 
-def _report(config: Config, folder: Path, result: SuiteResult, name: str) -> None:
+def _report(config: Config, folder: Path, result: SuiteResult, name: str, *, show: bool = True) -> None:
     rows = [ReportRow(name, result)]
     notes = [
         f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
@@ -201,7 +205,8 @@ def _report(config: Config, folder: Path, result: SuiteResult, name: str) -> Non
     ]
     history = read_strength(folder)
     write_report(rows, folder, notes=notes, strength={name: history} if history.steps else {})
-    print_report(rows, notes)
+    if show:
+        print_report(rows, notes)
 
 
 def save_final(run: _Run, folder: Path, here: Place) -> None:

@@ -1,0 +1,185 @@
+"""The two passes over memory that a step costs, for one large layer: inner products, and x ← s·x + f·(θ − θ₀).
+
+Two versions with equal results (to float32 rounding): cache-blocked eager, which runs anywhere, and ``torch.compile``d,
+which reads every operand once. Shapes: N elements of a flat shard.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a block's operands stay in a core's share of cache
+ROW_ELEMENTS = 1 << 12  # compiled: float32 sums run over so many elements, float64 above them
+LARGE_ELEMENTS = 1 << 16  # smaller layers are packed together instead
+COMPILE_ELEMENTS = 1 << 25  # ``auto``: below this, a rank's step is too short to pay for compiling
+
+
+def displacement(weight: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+    """d = θ − θ₀ in float32 (θ itself where the reference is zero)."""
+    exact = weight if weight.dtype == torch.float32 else weight.float()
+    return exact if reference is None else torch.sub(exact, reference)
+
+
+class Kernels:
+    """Cache-blocked eager."""
+
+    name = "eager"
+
+    def gradient_products(
+        self,
+        grad: torch.Tensor | None,
+        weight: torch.Tensor,
+        reference: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        projected: bool,
+    ) -> torch.Tensor:
+        """⟨g, d_t⟩, ‖d_t‖², ⟨g, d_{t-1}⟩, ‖g‖²: [4] float64; 0 where an operand is absent."""
+        sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+        for start in range(0, weight.numel(), BLOCK_ELEMENTS):
+            block = slice(start, start + BLOCK_ELEMENTS)
+            g = None if grad is None else grad[block].float()
+            if g is not None:
+                sums[3] += torch.dot(g, g)
+            if not projected:
+                continue
+            r = _part(reference, block, weight.device)
+            d = displacement(weight[block], r)
+            sums[1] += torch.dot(d, d)
+            if g is not None:
+                sums[0] += torch.dot(g, d)
+                if previous is not None:
+                    sums[2] += torch.dot(g, displacement(previous[block], r))
+        return sums
+
+    def update_products(
+        self, weight: torch.Tensor, previous: torch.Tensor, reference: torch.Tensor | None
+    ) -> torch.Tensor:
+        """⟨u, d_t⟩, ‖u‖² with u = ``weight`` − ``previous``, d_t = ``previous`` − θ₀: [2] float64."""
+        sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        for start in range(0, weight.numel(), BLOCK_ELEMENTS):
+            block = slice(start, start + BLOCK_ELEMENTS)
+            before = previous[block].float()
+            u = weight[block].float() - before
+            sums[0] += torch.dot(u, displacement(before, _part(reference, block, weight.device)))
+            sums[1] += torch.dot(u, u)
+        return sums
+
+    def add_displacement_(
+        self, target: torch.Tensor, theta: torch.Tensor, reference: torch.Tensor | None, factor: float, scale: float
+    ) -> None:
+        """``target`` ← scale · ``target`` + factor · (``theta`` − θ₀), summed in float32 and rounded once."""
+        for start in range(0, target.numel(), BLOCK_ELEMENTS):
+            block = slice(start, start + BLOCK_ELEMENTS)
+            d = displacement(theta[block], _part(reference, block, target.device))
+            part = target[block]
+            exact = part if part.dtype == torch.float32 else part.float()
+            if scale != 1.0:
+                exact.mul_(scale)
+            exact.add_(d, alpha=factor)
+            if exact is not part:
+                part.copy_(exact)
+
+
+class CompiledKernels(Kernels):
+    """``torch.compile``d: one read of every operand. What is left over of whole rows goes the eager way."""
+
+    name = "compile"
+
+    def __init__(self) -> None:
+        self._gradient: Callable[..., torch.Tensor] = torch.compile(_gradient_rows, dynamic=True)
+        self._update: Callable[..., torch.Tensor] = torch.compile(_update_rows, dynamic=True)
+        self._add: Callable[..., Any] = torch.compile(_add_rows_, dynamic=True)
+
+    def gradient_products(
+        self,
+        grad: torch.Tensor | None,
+        weight: torch.Tensor,
+        reference: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        projected: bool,
+    ) -> torch.Tensor:
+        if grad is None or not projected:
+            return super().gradient_products(grad, weight, reference, previous, projected)
+        whole, rest = _split(weight.numel())
+        on = weight.device
+        sums = self._gradient(grad[whole], weight[whole], _part(reference, whole, on), _part(previous, whole, on))
+        left = super().gradient_products(
+            grad[rest], weight[rest], _part(reference, rest, on), _part(previous, rest, on), projected
+        )
+        return sums + left
+
+    def update_products(
+        self, weight: torch.Tensor, previous: torch.Tensor, reference: torch.Tensor | None
+    ) -> torch.Tensor:
+        whole, rest = _split(weight.numel())
+        on = weight.device
+        sums = self._update(weight[whole], previous[whole], _part(reference, whole, on))
+        return sums + super().update_products(weight[rest], previous[rest], _part(reference, rest, on))
+
+    def add_displacement_(
+        self, target: torch.Tensor, theta: torch.Tensor, reference: torch.Tensor | None, factor: float, scale: float
+    ) -> None:
+        on = target.device
+        # As tensors, so that other values do not mean another compilation.
+        factors = torch.tensor([factor, scale], dtype=torch.float32, device=on)
+        self._add(target, theta, _part(reference, slice(None), on), factors)
+
+
+def _split(numel: int) -> tuple[slice, slice]:
+    whole = numel // ROW_ELEMENTS * ROW_ELEMENTS
+    return slice(0, whole), slice(whole, numel)
+
+
+def _part(tensor: torch.Tensor | None, part: slice, device: torch.device) -> torch.Tensor | None:
+    """A piece of an operand, brought to ``device`` if it is kept elsewhere (a reference on the CPU)."""
+    return None if tensor is None else tensor[part].to(device, non_blocking=True)
+
+
+def _gradient_rows(
+    grad: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor | None, previous: torch.Tensor | None
+) -> torch.Tensor:
+    g, w = grad.view(-1, ROW_ELEMENTS).float(), weight.view(-1, ROW_ELEMENTS).float()
+    r = 0.0 if reference is None else reference.view(-1, ROW_ELEMENTS).float()
+    d = w - r
+    products = [g * d, d * d, g * g]
+    if previous is not None:
+        products.insert(2, g * (previous.view(-1, ROW_ELEMENTS).float() - r))
+    sums = [product.sum(1).double().sum() for product in products]
+    if previous is None:
+        sums.insert(2, torch.zeros_like(sums[0]))
+    return torch.stack(sums)
+
+
+def _update_rows(weight: torch.Tensor, previous: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+    before = previous.view(-1, ROW_ELEMENTS).float()
+    u = weight.view(-1, ROW_ELEMENTS).float() - before
+    d = before if reference is None else before - reference.view(-1, ROW_ELEMENTS).float()
+    return torch.stack([(u * d).sum(1).double().sum(), (u * u).sum(1).double().sum()])
+
+
+def _add_rows_(
+    target: torch.Tensor, theta: torch.Tensor, reference: torch.Tensor | None, factors: torch.Tensor
+) -> None:
+    d = theta.float() if reference is None else theta.float() - reference.float()
+    target.copy_(target.float() * factors[1] + d * factors[0])
+
+
+def choose_kernels(choice: str, elements: int, device: torch.device) -> Kernels:
+    """The kernels for a rank that holds ``elements`` trained elements.
+
+    Args:
+        choice: ``eager``, ``compile``, or ``auto``: compile where the shards are large and a compiler is there.
+
+    Raises:
+        ValueError: another word.
+    """
+    if choice not in ("auto", "eager", "compile"):
+        raise ValueError(f"kernels must be auto, eager or compile, found {choice!r}")
+    has_compiler = device.type != "cpu" or shutil.which("g++") is not None or shutil.which("clang++") is not None
+    if choice == "compile" or (choice == "auto" and elements >= COMPILE_ELEMENTS and has_compiler):
+        return CompiledKernels()
+    return Kernels()
