@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from digrap_scale.config.schema import LoraConfig
-from digrap_scale.errors import ConfigError
+from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.names import nearest
 
 PREFIX = "base_model.model."
@@ -51,3 +54,20 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
 def original_name(name: str) -> str:
     """A wrapped model's parameter name as the model itself has it; adapters' own names only lose the prefix."""
     return name.removeprefix(PREFIX).replace(SAVED_COPY, "").replace(".base_layer.", ".")
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Load a saved adapter's weights (``adapter_model.safetensors``) into a model that ``add_lora`` has prepared.
+
+    Raises:
+        CheckpointError: no adapter there, or one of another shape.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: expected adapter_model.safetensors (model.lora is set), found none")
+    try:
+        outcome: Any = set_peft_model_state_dict(model, load_file(file))
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{file}: does not fit the model: {' '.join(str(error).split())[:400]}") from error
+    if outcome.unexpected_keys:
+        raise CheckpointError(f"{file}: {outcome.unexpected_keys[0]!r} is no part of the model's adapter")

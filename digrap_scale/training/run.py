@@ -24,6 +24,7 @@ from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite
 from digrap_scale.method.build import from_config
+from digrap_scale.models.adapters import load_adapter
 from digrap_scale.models.build import BuiltModel, build_model
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.projector import Projector, attach
@@ -32,6 +33,7 @@ from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.log import STATUS_FILE, RunLog
 from digrap_scale.training.loop import prepared, train_steps
 from digrap_scale.training.setup import Place, place, seed_everything
+from digrap_scale.training.validate import find_problems
 from digrap_scale.types import Batch
 
 
@@ -42,43 +44,47 @@ def train(config: Config) -> None:
         ConfigError, CheckpointError, SaveError, PeerError, NonFiniteError: see each; the message is for the user.
     """
     with place(config) as here:
-        folder = Path(config.run.folder)
-        here.agree(_prepare_folder(folder, config) if here.rank == 0 else None)
-        shards = ShardSet.open(config.data.train)
-        total_steps = count_steps(config, shards.samples)
-        with RunLog(
-            folder,
+        _train(config, here)
+
+
+def _train(config: Config, here: Place) -> None:
+    folder = Path(config.run.folder)
+    here.agree(_prepare(folder, config) if here.rank == 0 else [])
+    shards = ShardSet.open(config.data.train)
+    total_steps = count_steps(config, shards.samples)
+    with RunLog(
+        folder,
+        rank=here.rank,
+        total_steps=total_steps,
+        tensorboard=config.logging.tensorboard,
+        every_steps=config.logging.every_steps,
+        strength_every_steps=config.logging.strength_every_steps,
+    ) as log:
+        run = _build(config, here)
+        groups = build_groups(run.engine.module, config.optimizer)
+        for line in run.built.report + describe_groups(groups):
+            log.message(line)
+        projector = _attach(run, config)
+        train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
+        batches = build_loader(
+            shards,
+            train_task,
+            batch_samples=run.engine.micro_batch_samples,
             rank=here.rank,
-            total_steps=total_steps,
-            tensorboard=config.logging.tensorboard,
-            every_steps=config.logging.every_steps,
-            strength_every_steps=config.logging.strength_every_steps,
-        ) as log:
-            run = _build(config, here)
-            groups = build_groups(run.engine.module, config.optimizer)
-            for line in run.built.report + describe_groups(groups):
-                log.message(line)
-            projector = _attach(run, config)
-            train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
-            batches = build_loader(
-                shards,
-                train_task,
-                batch_samples=run.engine.micro_batch_samples,
-                rank=here.rank,
-                world_size=here.world_size,
-                workers=config.data.workers,
-                seed=config.run.seed,
-                shuffle_buffer_samples=config.data.shuffle_buffer_samples,
-                train=True,
-            )
-            train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
-            if config.checkpoint.final:
-                save_final(run, folder / "final", here)
-                log.message(f"weights: {folder / 'final'}")
-            if config.evaluation.at_end and config.evaluation.suite:
-                result = _evaluate(run, config, here)
-                if here.rank == 0:
-                    _report(config, folder, result, config.method.name)
+            world_size=here.world_size,
+            workers=config.data.workers,
+            seed=config.run.seed,
+            shuffle_buffer_samples=config.data.shuffle_buffer_samples,
+            train=True,
+        )
+        train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
+        if config.checkpoint.final:
+            save_final(run, folder / "final", here)
+            log.message(f"weights: {folder / 'final'}")
+        if config.evaluation.at_end and config.evaluation.suite:
+            result = _evaluate(run, config, here)
+            if here.rank == 0:
+                _report(config, folder, result)
 
 
 def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -> SuiteResult:
@@ -91,13 +97,16 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
     """
     if not config.evaluation.suite:
         raise ConfigError("evaluation.suite: expected at least one test set, found none")
-    if weights is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights, "lora": None})})
+    adapter = Path(weights) if weights is not None and config.model.lora is not None else None
+    if weights is not None and adapter is None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
     with place(config) as here:
-        run = _build(config, here)
-        result = _evaluate(run, config, here)
+        result = _evaluate(_build(config, here, adapter), config, here)
         if here.rank == 0:
-            _report(config, Path(config.run.folder) / "evaluation", result, weights or config.model.path, show=show)
+            rows = [ReportRow(weights or config.model.path, result)]
+            write_report(rows, Path(config.run.folder) / "evaluation", notes=[])
+            if show:
+                print_report(rows)
         return result
 
 
@@ -120,9 +129,11 @@ def count_steps(config: Config, samples: int) -> int:
     return max(1, training.epochs * (samples // training.global_batch_samples))
 
 
-def _build(config: Config, here: Place) -> _Run:
+def _build(config: Config, here: Place, adapter: Path | None = None) -> _Run:
     classes = required_classes(config) if config.data.classes is not None else None
     built = build_model(config, len(classes.names) if classes is not None else None)
+    if adapter is not None:
+        load_adapter(built.model, adapter)
     model_class = type(built.model)
     engine = build_engine(
         built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size
@@ -197,16 +208,15 @@ class _Prepared(Iterable[Batch]):
         return (prepared(self.engine, batch) for batch in self.loader)
 
 
-def _report(config: Config, folder: Path, result: SuiteResult, name: str, *, show: bool = True) -> None:
-    rows = [ReportRow(name, result)]
+def _report(config: Config, folder: Path, result: SuiteResult) -> None:
+    """The run's own table: ``results.*`` in its folder, and on the screen."""
+    rows = [ReportRow(config.method.name, result)]
     notes = [
         f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
         f"training shards: {', '.join(config.data.train)}",
     ]
-    history = read_strength(folder)
-    write_report(rows, folder, notes=notes, strength={name: history} if history.steps else {})
-    if show:
-        print_report(rows, notes)
+    write_report(rows, folder, notes=notes, strength={config.method.name: read_strength(folder)})
+    print_report(rows, notes)
 
 
 def save_final(run: _Run, folder: Path, here: Place) -> None:
@@ -218,7 +228,7 @@ def save_final(run: _Run, folder: Path, here: Place) -> None:
             for part in (run.built.processor, run.built.tokenizer):
                 if part is not None:
                     part.save_pretrained(partial)
-    here.agree(None)  # nobody goes on, or leaves, before the files are there
+    here.agree([])  # nobody goes on, or leaves, before the files are there
 
 
 def _save_model(run: _Run, folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -232,19 +242,23 @@ def _save_model(run: _Run, folder: Path, state: dict[str, torch.Tensor]) -> None
     twin.save_pretrained(folder, state_dict=state)
 
 
-def _prepare_folder(folder: Path, config: Config) -> str | None:
-    """Make the run's folder and write its config. Returns what is wrong, if anything."""
-    if folder.is_dir() and any(folder.iterdir()):
+def _prepare(folder: Path, config: Config) -> list[str]:
+    """Rank 0's part before anything is built: find every problem, then make the run's folder. Returns the problems."""
+    problems = find_problems(config)
+    if folder.exists() and not folder.is_dir():
+        problems.append(f"run.folder: {folder} is a file; expected a folder or nothing there")
+    elif folder.is_dir() and any(folder.iterdir()):
         if not config.run.overwrite:
-            return f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder"
-        if not (folder / STATUS_FILE).is_file() and not (folder / "config.yaml").is_file():
-            return f"run.folder: {folder} is not empty and holds no run of ours; choose another folder"
-        shutil.rmtree(folder)
-    elif folder.exists() and not folder.is_dir():
-        return f"run.folder: {folder} is a file; expected a folder or nothing there"
+            problems.append(f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder")
+        elif not (folder / STATUS_FILE).is_file() and not (folder / "config.yaml").is_file():
+            problems.append(f"run.folder: {folder} is not empty and holds no run of ours; choose another folder")
+    if problems:
+        return problems
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
     except OSError as error:
-        return f"run.folder: {folder} cannot be made ({error.strerror})"
+        return [f"run.folder: {folder} cannot be made ({error.strerror})"]
     write_file(folder / "config.yaml", dump_config(config))
-    return None
+    return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -38,12 +39,15 @@ class Place:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
-    def agree(self, problem: str | None) -> None:
-        """Rank 0's verdict for all: raise its ConfigError everywhere, so that nobody waits for a rank that is gone."""
-        verdict: list[Any] = [problem]
+    def agree(self, problems: list[str]) -> None:
+        """Rank 0's verdict for all: raise its ConfigError everywhere, so that nobody waits for a rank that is gone.
+
+        The other ranks' ``problems`` are not looked at. Collective.
+        """
+        verdict: list[Any] = [problems]
         if self.world_size > 1:
             dist.broadcast_object_list(verdict, src=0)
-        if verdict[0] is not None:
+        if verdict[0]:
             raise ConfigError(verdict[0])
 
 
@@ -89,7 +93,11 @@ def place(config: Config) -> Iterator[Place]:
             raise PeerError(f"rank {rank}: another process failed or hangs: {line}") from error
         raise
     finally:
+        # A gloo worker thread that still lets go of tensors while the interpreter shuts down aborts the process. With the
+        # wrapped model gone (its caller's frame has ended), nothing keeps the groups, and destroying them joins the threads.
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")

@@ -15,14 +15,22 @@ def validate(config: Config) -> list[str]:
     Raises:
         ConfigError: all problems that were found.
     """
-    problems = check_data(config)
-    num_classes = None
-    if config.data.classes is not None:
-        try:
-            num_classes = len(load_classes(config.data.classes).names)
-        except ConfigError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    problems += check_model(config, num_classes)
+    problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
-    return describe_model(config, num_classes)
+    return describe_model(config, _num_classes(config))
+
+
+def find_problems(config: Config) -> list[str]:
+    """Every problem that shows without loading weights, a line each; empty if nothing was found."""
+    problems = check_data(config)
+    num_classes = None
+    try:
+        num_classes = _num_classes(config)
+    except ConfigError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+    return problems + check_model(config, num_classes)
+
+
+def _num_classes(config: Config) -> int | None:
+    return None if config.data.classes is None else len(load_classes(config.data.classes).names)

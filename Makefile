@@ -1,0 +1,33 @@
+# Everything runs in a virtual environment of its own: VENV=… to choose another place.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?=
+
+.PHONY: demo test test-all lint types clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and pinned: a range alone may pull another build of several gigabytes.
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## fine-tune the shipped model three ways and print the ID/OOD table (DEMO='--backend zero3' …)
+	$(BIN)/digrap-scale demo $(DEMO)
+
+test: $(VENV)/installed  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(VENV)/installed  ## the slow ones, too
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/demo

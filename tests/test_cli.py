@@ -1,0 +1,149 @@
+"""The command line on bad input: one line a problem, the right exit code, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from digrap_scale.cli import main
+from tests.models.tiny import save_vit  # a small random ViT in Hugging Face layout
+
+ASSETS = Path(__file__).parent.parent / "digrap_scale" / "demo" / "assets" / "pictograms"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vit(tmp_path_factory.mktemp("vit"), classes=16)
+
+
+@pytest.fixture
+def values(model: Path, tmp_path: Path) -> dict:
+    return {
+        "run": {"folder": str(tmp_path / "run")},
+        "model": {"path": str(model), "task": "classification"},
+        "data": {"train": [str(ASSETS / "noto-train-*.tar")], "classes": str(ASSETS / "classes.json")},
+        "method": {"name": "digrap", "strength_lr": 0.05},
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"steps": 3, "global_batch_samples": 8},
+        "evaluation": {"suite": [{"name": "noto", "shards": [str(ASSETS / "noto-test-*.tar")], "shift": "id"}]},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+
+
+def write(tmp_path: Path, values: dict) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+# override → what the line says
+BAD = {
+    "optimizer.learing_rate=1": "`learning_rate`",
+    "optimzer.learning_rate=1": "`optimizer`",
+    "optimizer.learning_rate=-1": "optimizer.learning_rate",
+    "optimizer.learning_rate=.nan": "optimizer.learning_rate",
+    "optimizer.learning_rate=1:30": "optimizer.learning_rate",
+    "optimizer.learning_rate=fast": "optimizer.learning_rate",
+    "optimizer.name=lion": "optimizer.name",
+    "optimizer.eps=0": "optimizer.eps",
+    "optimizer.betas=[0.9]": "optimizer.betas",
+    "optimizer.momentum=0.9": "momentum",
+    "optimizer.groups=[{pattern: '('}]": "pattern",
+    "optimizer.groups=[{pattern: nothing_like_this}]": "nothing_like_this",
+    "method.strength_lr=0": "strength_lr",
+    "method.weight=1": "weight",
+    "method={name: digrapp}": "digrap",
+    "model.freeze=[nothing_like_this]": "nothing_like_this",
+    "model.freeze=['.*']": "no parameter to train",
+    "model.path=/nowhere/at/all": "/nowhere/at/all",
+    "model.task=vqa": "model.task",
+    "model.lora={target_modules: nothing_like_this}": "nothing_like_this",
+    "data.train=[/nowhere/x-*.tar]": "/nowhere/x-*.tar",
+    "data.train=['pipe:cat /etc/passwd']": "pipe:",
+    "data.classes=/nowhere/classes.json": "/nowhere/classes.json",
+    "data.label_field=colour": "colour",
+    "training.steps=0": "training.steps",
+    "training.epochs=2": "epochs",
+    "training.micro_batch_samples=3": "micro_batch_samples",
+    "training.global_batch_samples=true": "global_batch_samples",
+    "schedule.warmup_steps=99": "warmup_steps",
+    "sharding.backend=zero2": "sharding.backend",
+    "evaluation.suite=[{name: a, shards: [/nowhere/a.tar], shift: id}]": "/nowhere/a.tar",
+    "evaluation.suite.0.shift=far-away": "shift",
+    "run.seed=-1": "run.seed",
+    "run.folder=": "run.folder",
+}
+
+
+@pytest.mark.parametrize("verb", ["validate", "train"])
+@pytest.mark.parametrize("override", BAD)
+def test_bad_config(verb: str, override: str, values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main([verb, write(tmp_path, values), override])
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert code == 2, printed
+    assert any(BAD[override] in line for line in printed), printed
+    assert "Traceback" not in "\n".join(printed)
+    assert len(printed) <= 2, "more than a line for one problem"
+    assert not (tmp_path / "run").exists(), "a run that cannot start left its folder"
+
+
+def test_all_problems_at_once(values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["optimizer.learning_rate=-1", "run.seed=-1", "data.wrkers=2"]
+    assert main(["validate", write(tmp_path, values), *overrides]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
+def test_good_config(values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", write(tmp_path, values), "model.freeze=[embeddings]"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.freeze 'embeddings'" in printed and "no problems found" in printed
+
+
+def test_train_evaluate_and_refuse_to_overwrite(
+    values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = write(tmp_path, values), Path(values["run"]["folder"])
+    assert main(["train", file]) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert (folder / "final" / "model.safetensors").is_file() and (folder / "results.md").is_file()
+    before = json.loads((folder / "results.json").read_text())["rows"][0]["result"]
+    assert main(["evaluate", file, "--weights", str(folder / "final")]) == 0
+    after = json.loads((folder / "evaluation" / "results.json").read_text())["rows"][0]["result"]
+    assert after == before
+    capsys.readouterr()
+    assert main(["train", file]) == 2
+    assert "run.overwrite" in capsys.readouterr().err
+    assert main(["train", file, "run.overwrite=true"]) == 0
+
+
+def test_wrong_reference_is_exit_3(values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    import torch
+
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"something.else": torch.zeros(3)}, wrong)
+    assert main(["train", write(tmp_path, values), f"reference.source={wrong}"]) == 3
+    assert "reference.rename" in capsys.readouterr().err
+
+
+def test_module_and_launcher_argument(tmp_path: Path) -> None:
+    """`python -m digrap_scale`, with the argument that DeepSpeed's launcher puts before everything else."""
+    environment = {**os.environ, "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "digrap_scale", "--local_rank=0", "validate", str(tmp_path / "missing.yaml")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "missing.yaml" in done.stderr and len(done.stderr.strip().splitlines()) == 1
