@@ -2,7 +2,6 @@
 
 from digrap_scale.errors import CheckpointError, ConfigError, DigrapError, PeerError, SaveError
 from digrap_scale.projector import Projector, StepReport, attach
-
 from digrap_scale.version import __version__
 
 __all__ = [
@@ -13,5 +12,6 @@ __all__ = [
     "Projector",
     "SaveError",
     "StepReport",
+    "__version__",
     "attach",
 ]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,17 +23,16 @@ from digrap_scale.method import statistics as S
 from digrap_scale.method.base import Method
 from digrap_scale.method.build import build_method
 from digrap_scale.method.kernels import choose_kernels
-from digrap_scale.reference.names import match_names, tied_aliases
-from digrap_scale.reference.store import SafetensorsReader, load_slices
+from digrap_scale.reference.names import tied_aliases
+from digrap_scale.reference.resolve import Reference, resolve_reference
 from digrap_scale.sharding.base import Backend, unwrapped_name
 from digrap_scale.sharding.build import detect_backend, is_deepspeed_engine, unwrap
 from digrap_scale.types import ShardView
 
 logger = logging.getLogger(__name__)
 
-Reference = str | Path | Mapping[str, torch.Tensor]
-# Weights that PEFT starts at (or multiplies to) zero: their pre-trained value is "no change", so d = θ.
-_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
+# Optimizers that carry a projector: two of them would project twice.
+_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 @dataclass
@@ -75,7 +74,10 @@ class Projector:
         self._projected_L = projected_L
         self._previous_L: list[torch.Tensor | None] = [None] * len(backend.specs)
         self._max_grad_norm = max_grad_norm
+        self._clip = 1.0
+        self._idle = False
         method.prepare(projected_L)
+        _attached.update(backend.hooked)
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in backend.hooked]
 
@@ -85,16 +87,21 @@ class Projector:
     def _before_step(self, *_: object) -> None:
         backend, method = self.backend, self.method
         if backend.first_of_step():
+            backend.unscale_()
             views = self._views()
             stats_LK = method.statistics(views)
             backend.reduce_(stats_LK)
             stats_LK = stats_LK.cpu()
-            clip = self._inspect(stats_LK)
-            if not self.report.skipped:
-                lr_L = torch.tensor([view.lr for view in views], dtype=torch.float64)
-                method.update(_clipped(stats_LK, clip), lr_L)
-                self._summarize()
-            self._clip = clip
+            lr_L = torch.tensor([view.lr for view in views], dtype=torch.float64)
+            # torch's get_/set_optimizer_state_dict make an optimizer's state by a step with gradient and rate 0.
+            self._idle = not lr_L.any() and not stats_LK[:, S.GRAD_SQ].any()
+            if not self._idle:
+                self._clip = self._inspect(stats_LK)
+                if not self.report.skipped:
+                    method.update(_clipped(stats_LK, self._clip), lr_L)
+                    self._summarize()
+        if self._idle:
+            return
         if self.report.skipped:
             backend.drop_gradients()
             return
@@ -108,7 +115,7 @@ class Projector:
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         backend, method = self.backend, self.method
-        if method.acts_on_update and not self.report.skipped:
+        if method.acts_on_update and not self._idle and not self.report.skipped:
             layers = backend.stepping()
             views = self._views(layers)
             stats_LK = method.update_statistics(views)
@@ -208,6 +215,10 @@ class Projector:
         Raises:
             CheckpointError: the state is of another method, or of other layers.
         """
+        expected = ("method", "step", "scalars", "layers", "previous")
+        missing = [key for key in expected if key not in state]
+        if missing:
+            raise CheckpointError(f"method state: expected the keys {', '.join(expected)}; {missing[0]} is missing")
         if state["method"] != self.method.name:
             raise CheckpointError(f"method state is of {state['method']!r}, expected {self.method.name!r}")
         names = [spec.name for spec in self.backend.specs]
@@ -220,6 +231,12 @@ class Projector:
                 )
             restored[key] = torch.stack([values[name] for name in names])
         weights = self.backend.weights()
+        for spec in self.backend.specs:
+            full = state["previous"].get(spec.name)
+            if full is not None and tuple(full.shape) != spec.shape:
+                raise CheckpointError(
+                    f"method state: {spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}"
+                )
         for layer, spec in enumerate(self.backend.specs):
             full = state["previous"].get(spec.name)
             self._previous_L[layer] = (
@@ -242,6 +259,7 @@ class Projector:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _attached.difference_update(self.backend.hooked)
 
 
 def _clipped(stats_LK: torch.Tensor, clip: float) -> torch.Tensor:
@@ -305,12 +323,20 @@ def attach(
                 '"gradient_clipping": 0 in the DeepSpeed config, or leave max_grad_norm out'
             )
     backend = detect_backend(model, optimizer)
+    if any(hooked in _attached for hooked in backend.hooked):
+        raise ConfigError("attach: this optimizer has a projector already; call its detach() first")
     module = unwrap(model)
     exempt = _matching(not_projected, [spec.name for spec in backend.specs])
     reference_L: list[torch.Tensor | None] = [None] * len(backend.specs)
     projected_L = torch.zeros(len(backend.specs), dtype=torch.bool)
     if chosen.uses_reference:
-        reference_L, projected = _references(backend, module, reference, reference_rename or {}, exempt)
+        aliases = {
+            unwrapped_name(name): [unwrapped_name(alias) for alias in names]
+            for name, names in tied_aliases(module).items()
+        }
+        reference_L, projected = resolve_reference(
+            reference, module, backend.specs, backend.weights(), aliases, reference_rename or {}, exempt
+        )
         projected_L = torch.tensor(projected)
         if reference_placement == "cpu":
             reference_L = [None if tensor is None else tensor.cpu() for tensor in reference_L]
@@ -341,48 +367,3 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
             raise ConfigError(f"not_projected: {pattern!r} matches no trained parameter (they are {names[0]!r}, …)")
         found |= matched
     return found
-
-
-def _references(
-    backend: Backend, module: torch.nn.Module, reference: Reference | None, rename: Mapping[str, str], exempt: set[str]
-) -> tuple[list[torch.Tensor | None], list[bool]]:
-    """Per layer: this rank's slice of θ₀ (None = zero or absent), and whether there is a θ₀ at all."""
-    weights = backend.weights()
-    slices: list[torch.Tensor | None] = [None] * len(weights)
-    adapters = {spec.name for spec in backend.specs if _ADAPTER.search(spec.name)}
-    others = [spec for spec in backend.specs if spec.name not in adapters and spec.name not in exempt]
-    projected = [spec.name not in exempt for spec in backend.specs]
-    if reference is None:
-        if others:
-            raise ConfigError(
-                f"a reference is needed for {len(others)} layers ({others[0].name}, …): pass reference='initial', the path "
-                "of the pre-trained safetensors, or a mapping of names to tensors"
-            )
-    elif isinstance(reference, Mapping):
-        for layer, (spec, weight) in enumerate(zip(backend.specs, weights, strict=True)):
-            if spec.name in reference and spec.name not in exempt:
-                slices[layer] = _slice_of(spec.name, reference[spec.name], spec.shape, spec.start, spec.stop).to(
-                    weight.device
-                )
-            projected[layer] &= spec.name in reference or spec.name in adapters
-        if not any(projected):
-            raise ConfigError(f"reference: none of its {len(reference)} names is a trained parameter of the model")
-    elif str(reference) == "initial":
-        slices = [weight.clone() if on else None for weight, on in zip(weights, projected, strict=True)]
-    elif str(reference) != "zero" and others:
-        reader = SafetensorsReader(reference)
-        aliases = {
-            unwrapped_name(name): [unwrapped_name(alias) for alias in names]
-            for name, names in tied_aliases(module).items()
-        }
-        file_names = match_names(module, reader, others, aliases, rename)
-        devices = {weight.device for weight in weights}
-        assert len(devices) == 1, f"weights on several devices: {devices}"
-        slices = load_slices(reader, backend.specs, file_names, devices.pop())
-    return slices, projected
-
-
-def _slice_of(name: str, tensor: torch.Tensor, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"reference: {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
-    return tensor.detach().reshape(-1)[start:stop].clone()

@@ -61,6 +61,8 @@ class SafetensorsReader:
             weight_map = json.loads(path.read_text())["weight_map"]
             names_of: dict[str, set[str]] = {}
             for name, file in weight_map.items():
+                if not isinstance(file, str):
+                    raise TypeError(f"{name!r} is mapped to {file!r}")
                 names_of.setdefault(file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: expected an index with a weight_map of names to files ({error})") from error

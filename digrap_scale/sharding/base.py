@@ -41,9 +41,7 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str
         if group is not None:
             found.append((unwrapped_name(name), parameter, group))
     if group_of:
-        shapes = [
-            tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) in group_of
-        ]
+        shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) in group_of]
         raise ConfigError(
             f"the optimizer trains {len(shapes)} tensors that are no parameters of the model (shapes {shapes[:3]}): "
             "build the optimizer after wrapping the model, and pass the same model to attach()"
@@ -80,7 +78,21 @@ class Backend:
 
     def weights(self) -> list[torch.Tensor]:
         """[N] flat weights of every layer, aliasing what the optimizer steps."""
-        return [self._flat_weight(spec, parameter) for spec, (_, parameter, _) in zip(self.specs, self._trained, strict=True)]
+        return [
+            self._flat_weight(spec, parameter)
+            for spec, (_, parameter, _) in zip(self.specs, self._trained, strict=True)
+        ]
+
+    def unscale_(self) -> None:
+        """Undo a GradScaler's factor here, where a fused optimizer would have undone it inside its step."""
+        for optimizer in self.hooked:
+            scale = getattr(optimizer, "grad_scale", None)
+            if scale is None:
+                continue
+            for _, parameter, _ in self._trained:
+                if parameter.grad is not None:
+                    self.local(parameter.grad).div_(scale)
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def views(self, layers: Sequence[int] | None = None) -> list[ShardView]:
         """The shards of ``layers`` (all by default) with their gradients; reference and previous are not filled."""

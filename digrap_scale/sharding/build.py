@@ -58,9 +58,22 @@ def detect_backend(model: Any, optimizer: Optimizer | None) -> Backend:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch module or a DeepSpeed engine, found {type(model).__name__}")
     if optimizer is None:
-        raise ConfigError("an optimizer is needed for a plain, DDP or FSDP2 model (only a DeepSpeed engine brings its own)")
+        raise ConfigError(
+            "an optimizer is needed for a plain, DDP or FSDP2 model (only a DeepSpeed engine brings its own)"
+        )
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner  # Accelerate's wrapper has no hooks of its own
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"optimizer: expected one torch optimizer, found {type(optimizer).__name__}; "
+            "of several, attach to each by itself"
+        )
+    while "_orig_mod" in model._modules:
+        model = model._modules["_orig_mod"]  # torch.compile, maybe around DDP
     if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__):
-        raise ConfigError("FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard")
+        raise ConfigError(
+            "FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard"
+        )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return FSDP2Backend(model, optimizer)
     if isinstance(model, DistributedDataParallel):

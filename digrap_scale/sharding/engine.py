@@ -84,4 +84,3 @@ class Engine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Names (of the unwrapped model) → full tensors on the CPU; complete on rank 0, maybe empty elsewhere. Collective."""
         return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
-

@@ -46,7 +46,9 @@ class FSDP2Backend(Backend):
         if self._group is None:
             self._group, self._mesh = mesh.get_group(shard_axis), mesh
         elif mesh != self._mesh:
-            raise ConfigError(f"{name}: lives on mesh {mesh}, others on {self._mesh}; shard the whole model on one mesh")
+            raise ConfigError(
+                f"{name}: lives on mesh {mesh}, others on {self._mesh}; shard the whole model on one mesh"
+            )
         # torch.chunk's rule, which Shard documents: rows are cut in runs of ceil(rows / ranks), the last ones short or empty.
         rows = parameter.shape[0]
         run = math.ceil(rows / mesh.size(shard_axis))
@@ -64,7 +66,11 @@ class FSDP2Backend(Backend):
     @staticmethod
     def _shard_axis(name: str, parameter: DTensor) -> int:
         axes = [axis for axis, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate)]
-        plain = len(axes) == 1 and type(parameter.placements[axes[0]]) is Shard and parameter.placements[axes[0]].is_shard(0)
+        plain = (
+            len(axes) == 1
+            and type(parameter.placements[axes[0]]) is Shard
+            and parameter.placements[axes[0]].is_shard(0)
+        )
         if not plain:
             raise ConfigError(
                 f"{name}: placement {tuple(parameter.placements)} is not supported; expected one Shard(0), "
@@ -161,7 +167,9 @@ def blocks_to_wrap(model: nn.Module, class_names: list[str]) -> list[nn.Module]:
     present = sorted({type(module).__name__ for module in model.modules()})
     missing = sorted(set(class_names) - set(present))
     if missing:
-        raise ConfigError(f"sharding.wrap: the model has no module of class {missing[0]!r}; it has {', '.join(present)}")
+        raise ConfigError(
+            f"sharding.wrap: the model has no module of class {missing[0]!r}; it has {', '.join(present)}"
+        )
     if not blocks:
         raise ConfigError(
             f"sharding.wrap: {type(model).__name__} does not say which blocks to shard; name their class here (it has "

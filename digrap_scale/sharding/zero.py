@@ -66,7 +66,9 @@ class Zero3Backend(Backend):
     @staticmethod
     def _check(zero: Any) -> None:
         if getattr(zero, "swap_optimizer", False):
-            raise ConfigError("zero3: optimizer state offloaded to NVMe is not supported; use offload_optimizer.device: cpu")
+            raise ConfigError(
+                "zero3: optimizer state offloaded to NVMe is not supported; use offload_optimizer.device: cpu"
+            )
         if getattr(zero, "zenflow", False):
             raise ConfigError("zero3: ZenFlow is not supported; remove zero_optimization.zenflow")
         if getattr(zero, "offload_optimizer", False) and getattr(zero, "partial_offload", 1.0) < 1.0:
@@ -168,14 +170,16 @@ class Zero3Engine(Engine):
         try:
             import deepspeed
         except ImportError as error:
-            raise ConfigError(f"sharding.backend: zero3 needs DeepSpeed: pip install digrap-scale[deepspeed] ({error})") from error
+            raise ConfigError(
+                f"sharding.backend: zero3 needs DeepSpeed: pip install digrap-scale[deepspeed] ({error})"
+            ) from error
         self._last = True
         self._low_precision = self.config.sharding.mixed_precision == "bfloat16"
         # The engine casts buffers with the weights; BatchNorm's statistics are kept as they were.
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        # DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is 1-d
-        # until it is partitioned, and gathered in its own shape from then on.
+        # DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is
+        # 1-d until it is partitioned, and gathered in its own shape from then on.
         scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         for parameter in scalars:
             parameter.data = parameter.data.view(1)

@@ -7,7 +7,17 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_batches, make_toy, pure_loss
-from tests.distributed.training_runs import DECAY, GLOBAL_BATCH, LR, STEPS, Case, group_of, theta0_of, train_all, train_toy
+from tests.distributed.training_runs import (
+    DECAY,
+    GLOBAL_BATCH,
+    LR,
+    STEPS,
+    Case,
+    group_of,
+    theta0_of,
+    train_all,
+    train_toy,
+)
 from tests.plain_digrap import Reference, run
 
 TOLERANCE = 1e-5  # float32: 30 steps, sums in another order
@@ -33,7 +43,9 @@ def expected(case: Case) -> Reference:
 
 def compare(case: Case, got: dict, reference: Reference, tolerance: float = TOLERANCE) -> None:
     for name, value in reference.w.items():
-        torch.testing.assert_close(got["weights"][name], value, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got["weights"][name], value, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert set(got["strength"]) == set(reference.omega)
     if case.method in ("digrap", "digrap_update"):
         for name, omega in reference.omega.items():
@@ -61,7 +73,9 @@ def test_single_process(method: str) -> None:
     compare(case, train_toy(case), expected(case))
 
 
-@pytest.mark.parametrize("options", [{"normalization": "cosine"}, {"normalization": "none"}, {"hypergradient": "conflicts"}])
+@pytest.mark.parametrize(
+    "options", [{"normalization": "cosine"}, {"normalization": "none"}, {"hypergradient": "conflicts"}]
+)
 def test_single_process_variants(options: dict) -> None:
     case = Case("single", options={"strength_lr": 0.05, **options})
     compare(case, train_toy(case), expected(case))
@@ -91,13 +105,20 @@ def make_cases(backend: str) -> dict[str, Case]:
             backend, max_grad_norm=0.5, options=METHODS["digrap"], zero={"gradient_clipping": 0.5}
         )
         cases["update_sub_groups"] = Case(
-            backend, "digrap_update", options=METHODS["digrap_update"], zero={"zero_optimization": {"sub_group_size": 4}}
+            backend,
+            "digrap_update",
+            options=METHODS["digrap_update"],
+            zero={"zero_optimization": {"sub_group_size": 4}},
         )
     return cases
 
 
-@pytest.fixture(scope="module", params=[(b, r) for b in ("ddp", "fsdp2", "zero3") for r in (2, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Case], list[dict]]:
+@pytest.fixture(
+    scope="module", params=[(b, r) for b in ("ddp", "fsdp2", "zero3") for r in (2, 3)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Case], list[dict]]:
     backend, ranks = request.param
     cases = make_cases(backend)
     return backend, cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all, cases)

@@ -29,6 +29,8 @@ class Case:
     reference_file: str | None = None
     bfloat16: bool = False
     nan_at: tuple[int, int] | None = None  # (step, rank)
+    nan_in_hook: bool = False  # ZeRO-3: in the first layer's gradient, after the engine's own check
+    nan_layer: str | None = None  # only this layer's gradient, and only where the rank holds a part of it
     steps: int = STEPS
     without_reference: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +77,7 @@ def train_toy(case: Case) -> dict[str, Any]:
         optimizer = make_optimizer(model)
     else:
         engine, wrapped = _deepspeed(model, case, world_size)
+    poison = Poison(case, rank, model, engine)
     options: dict[str, Any] = dict(case.options)
     if case.reference_file is not None:
         options.update(reference=case.reference_file, not_projected=["^head"])
@@ -89,6 +92,7 @@ def train_toy(case: Case) -> dict[str, Any]:
     )
     collectives = Collectives(everything=engine is None)
     reports = []
+    changed: list[str] = []
     for step, (x, y) in enumerate(make_batches(case.steps, GLOBAL_BATCH)):
         share = GLOBAL_BATCH // world_size
         x, y = x[rank * share : (rank + 1) * share], y[rank * share : (rank + 1) * share]
@@ -96,8 +100,9 @@ def train_toy(case: Case) -> dict[str, Any]:
         for part in range(case.accumulation):
             last = part == case.accumulation - 1
             xs, ys = x[part * micro : (part + 1) * micro], y[part * micro : (part + 1) * micro]
-            if case.nan_at == (step, rank):
+            if case.nan_at == (step, rank) and case.nan_layer is None and not case.nan_in_hook:
                 xs = xs * float("nan")
+            poison.step = step
             if engine is None and case.backend == "ddp":
                 wrapped.require_backward_grad_sync = last
             if case.bfloat16 and engine is not None:
@@ -105,16 +110,24 @@ def train_toy(case: Case) -> dict[str, Any]:
             loss = cross_entropy(wrapped(xs).float(), ys)
             if engine is not None:
                 engine.backward(loss)
+                poison.after_backward(projector)
+                before = snapshot(projector) if case.nan_at is not None and case.nan_at[0] == step else None
                 with collectives:
                     engine.step()
             else:
                 (loss / case.accumulation).backward()
         if engine is None:
+            poison.after_backward(projector)
+            before = snapshot(projector) if case.nan_at is not None and case.nan_at[0] == step else None
             with collectives:
                 optimizer.step()
             optimizer.zero_grad()
         elif projector.report.step == step:
             projector.note_engine_skip()
+        if before is not None:
+            after = snapshot(projector)
+            changed += [key for key in before if not torch.equal(before[key], after[key])]
+            changed += sorted(set(before) ^ set(after))
         reports.append(vars(projector.report).copy())
     return {
         "weights": _full_weights(model, engine),
@@ -122,7 +135,57 @@ def train_toy(case: Case) -> dict[str, Any]:
         "reports": reports,
         "reductions": collectives.seen,
         "state": projector.state_dict(),
+        "changed": changed,
+        "empty_shards": [spec.name for spec in projector.backend.specs if spec.numel == 0],
     }
+
+
+def snapshot(projector: digrap_scale.Projector) -> dict[str, torch.Tensor]:
+    """Everything that a skipped step must leave alone: weights, the optimizer's moments, ω's state, what is kept."""
+    backend = projector.backend
+    found = {f"weight {spec.name}": w for spec, w in zip(backend.specs, backend.weights(), strict=True)}
+    for optimizer in backend.hooked:
+        for number, state in enumerate(optimizer.state.values()):
+            found |= {f"{key} {number}": backend.local(value) for key, value in state.items()}
+    found |= {f"method {key}": torch.as_tensor(value) for key, value in projector.method.state().items()}
+    found |= {f"previous {i}": kept for i, kept in enumerate(projector._previous_L) if kept is not None}
+    return {key: tensor.detach().clone() for key, tensor in found.items()}
+
+
+class Poison:
+    """Puts a NaN into one layer's gradient, at ``case.nan_at``. Made before ``attach``: its hook comes first."""
+
+    def __init__(self, case: Case, rank: int, model: torch.nn.Module, engine: Any) -> None:
+        self.case, self.rank, self.model, self.step = case, rank, model, -1
+        if case.backend == "ddp" and case.nan_layer is not None:  # before the reduction
+            dict(model.named_parameters())[case.nan_layer].register_hook(lambda g: g * torch.nan if self.now else g)
+        if case.nan_in_hook:
+            engine.optimizer.optimizer.register_step_pre_hook(self._in_hook)
+
+    @property
+    def now(self) -> bool:
+        return self.case.nan_at == (self.step, self.rank)
+
+    def _in_hook(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        (flat,) = (p for group in optimizer.param_groups for p in group["params"])
+        if self.now:
+            flat.grad[0] = torch.nan
+
+    def after_backward(self, projector: digrap_scale.Projector) -> None:
+        if not self.now or self.case.nan_layer is None:
+            return
+        backend = projector.backend
+        layer = [spec.name for spec in backend.specs].index(self.case.nan_layer)
+        if self.case.backend == "fsdp2":
+            local = backend.local(dict(self.model.named_parameters())[self.case.nan_layer].grad)
+        elif self.case.backend == "zero3":
+            sub_group, _, position, real = backend._place[layer]
+            local = backend._zero.averaged_gradients[sub_group][position].view(-1)[:real]
+        else:
+            return
+        assert local.numel() > 0, "this rank holds nothing of the layer"
+        with torch.no_grad():
+            local.view(-1)[0] = torch.nan
 
 
 def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
@@ -144,7 +207,7 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
 
 
 class Collectives:
-    """(rows, bytes) of the all-reduces while the optimizer steps; DeepSpeed's own (never [L, K] float64) are left out."""
+    """(rows, bytes) of the all-reduces while the optimizer steps; DeepSpeed's own (never [L, K] float64) left out."""
 
     def __init__(self, everything: bool) -> None:
         self.everything = everything

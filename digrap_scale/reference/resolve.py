@@ -1,0 +1,85 @@
+"""θ₀ as ``attach`` is given it (a path, a mapping, a word) → this rank's slice of every layer's reference.
+
+Shapes: L layers, N local elements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from digrap_scale.errors import CheckpointError, ConfigError
+from digrap_scale.reference.names import match_names
+from digrap_scale.reference.store import SafetensorsReader, load_slices
+from digrap_scale.types import ShardSpec
+
+Reference = str | Path | Mapping[str, torch.Tensor]
+# Weights that PEFT starts at (or multiplies to) zero: their pre-trained value is "no change", so d = θ.
+_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
+
+
+def resolve_reference(
+    reference: Reference | None,
+    module: nn.Module,
+    specs: Sequence[ShardSpec],
+    weights: Sequence[torch.Tensor],
+    aliases: Mapping[str, Sequence[str]],
+    rename: Mapping[str, str],
+    exempt: set[str],
+) -> tuple[list[torch.Tensor | None], list[bool]]:
+    """Per layer: this rank's slice of θ₀ ([N]; None = zero or absent), and whether there is a θ₀ at all.
+
+    Args:
+        reference: see ``attach``.
+        module: the unwrapped model, for the names that its class has in files.
+        specs: the layers that train, and what this rank holds of them.
+        weights: [N] this rank's weights, a layer each.
+        aliases: layer name → all names of that parameter in the model (several if tied).
+        rename: regex → replacement, from parameter names to the file's.
+        exempt: layers that have no reference.
+
+    Raises:
+        ConfigError: no reference where layers need one, or a mapping of none of them.
+        CheckpointError: the reference does not fit the model.
+    """
+    slices: list[torch.Tensor | None] = [None] * len(weights)
+    adapters = {spec.name for spec in specs if _ADAPTER.search(spec.name)}
+    others = [spec for spec in specs if spec.name not in adapters and spec.name not in exempt]
+    projected = [spec.name not in exempt for spec in specs]
+    if reference is None:
+        if others:
+            raise ConfigError(
+                f"a reference is needed for {len(others)} layers ({others[0].name}, …): pass reference='initial', "
+                "the path of the pre-trained safetensors, or a mapping of names to tensors"
+            )
+    elif isinstance(reference, Mapping):
+        for layer, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
+            named = next((name for name in aliases.get(spec.name, [spec.name]) if name in reference), None)
+            if named is not None and spec.name not in exempt:
+                slices[layer] = _slice_of(named, reference[named], spec).to(weight.device)
+            projected[layer] &= named is not None or spec.name in adapters
+        if not any(projected):
+            raise ConfigError(f"reference: none of its {len(reference)} names is a trained parameter of the model")
+    elif str(reference) == "initial":
+        slices = [weight.clone() if on else None for weight, on in zip(weights, projected, strict=True)]
+    elif str(reference) != "zero" and others:
+        reader = SafetensorsReader(reference)
+        file_names = match_names(module, reader, others, aliases, rename)
+        devices = {weight.device for weight in weights}
+        assert len(devices) == 1, f"weights on several devices: {devices}"
+        slices = load_slices(reader, specs, file_names, devices.pop())
+    return slices, projected
+
+
+def _slice_of(name: str, tensor: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
+    if hasattr(tensor, "full_tensor"):
+        raise ConfigError(f"reference: {name} is sharded; pass full tensors, or reference='initial'")
+    if tuple(tensor.shape) != spec.shape:
+        raise CheckpointError(f"reference: {name}: expected shape {list(spec.shape)}, found {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"reference: {name}: expected a floating dtype, found {tensor.dtype}")
+    return tensor.detach().reshape(-1)[spec.start : spec.stop].clone()

@@ -1,0 +1,190 @@
+"""bfloat16: sharded mixed precision with float32 masters, and weights that are bfloat16 themselves.
+
+Tolerances. u = 2⁻⁸ is bfloat16's unit roundoff. Both sides of a comparison compute gradients in bfloat16 by the same
+operations, so they differ only where a master weight, equal on both sides to about e = 2⁻²³ of itself, falls on two
+sides of a rounding boundary. That happens to a weight in a step with probability e / u = 2⁻¹⁵: about 170 weights and
+30 steps give 0.16 such flips a run; F = 4 are allowed for. A flip changes a weight by u of itself, and the gradients
+through it by C · u of themselves, C = 4 being the maps on its way (block, block, head, loss). Adam's step lr · m̂ / √v̂
+is homogeneous of degree 0 in the gradient: it changes by at most 2 · lr · C · u. So
+
+    weights: F · 2 · lr · C · u = 4 · 2 · 0.02 · 4 / 256 = 2.5e-3
+    ω:       F · 2 · μ · C · u = 4 · 2 · 0.05 · 4 / 256 = 6.3e-3.
+
+A weight that is stored in bfloat16 may in addition be rounded the other way: u of itself.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+import digrap_scale
+from tests.distributed.ranks import run_ranks
+from tests.distributed.toy import make_batches, make_theta0, make_toy
+from tests.distributed.training_runs import (
+    DECAY,
+    GLOBAL_BATCH,
+    LR,
+    STEPS,
+    Case,
+    group_of,
+    make_optimizer,
+    train_toy,
+)
+from tests.plain_digrap import Reference
+
+Trained = tuple[str, list[dict[str, Any]]]
+RANKS, MU = 2, 0.05
+UNIT, MAPS, FLIPS = 2.0**-8, 4, 4
+WEIGHT_TOLERANCE = FLIPS * 2 * max(LR.values()) * MAPS * UNIT
+STRENGTH_TOLERANCE = FLIPS * 2 * MU * MAPS * UNIT
+METHODS = ("digrap", "digrap_update")
+
+
+def train_methods(backend: str, file: str) -> dict[str, Any]:
+    results = {}
+    for method in METHODS:
+        case = Case(backend, method, bfloat16=True, reference_file=file, options={"strength_lr": MU})
+        results[method] = train_toy(case)
+    return results
+
+
+def low_precision_run(method: str, theta0: dict[str, torch.Tensor], rounded_start: bool) -> Reference:
+    """float32 masters; gradients of bfloat16 weights and inputs, per rank, averaged in bfloat16.
+
+    DeepSpeed rounds the initial weights to bfloat16 before it copies its float32 masters from them: ``rounded_start``.
+    """
+    model = make_toy().bfloat16()
+    initial = {name: p.detach() for name, p in make_toy().named_parameters()}
+    start = {name: w.bfloat16().float() if rounded_start else w for name, w in initial.items()}
+    trained = {name: start[name].clone() for name, p in model.named_parameters() if p.requires_grad}
+    reference = Reference(
+        trained,
+        theta0,
+        method,
+        lr=lambda name: LR[group_of(name)],
+        weight_decay=lambda name: DECAY[group_of(name)],
+        strength_lr=MU,
+    )
+    for x, y in make_batches(STEPS, GLOBAL_BATCH):
+        grads: dict[str, torch.Tensor | None] = {}
+        for rank in range(RANKS):
+            part = slice(rank * GLOBAL_BATCH // RANKS, (rank + 1) * GLOBAL_BATCH // RANKS)
+            leaves = {name: w.bfloat16().requires_grad_(True) for name, w in reference.w.items()}
+            out = functional_call(model, leaves, (x[part].bfloat16(),))
+            loss = cross_entropy(out.float(), y[part])
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            for name, grad in zip(leaves, found, strict=True):
+                before = grads.get(name)
+                share = None if grad is None else grad / RANKS
+                grads[name] = share if before is None or share is None else before + share
+        reference.step({name: None if grad is None else grad.float() for name, grad in grads.items()})
+    return reference
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "model.safetensors"
+    save_file(make_theta0(make_toy(), torch.bfloat16), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["fsdp2", "zero3"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, file: Path) -> Trained:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, run_ranks(RANKS, folder, train_methods, request.param, str(file))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> None:
+    backend, ranks = trained
+    theta0 = make_theta0(make_toy(), torch.bfloat16)
+    reference = low_precision_run(method, theta0, rounded_start=backend == "zero3")
+    plain = low_precision_run("none", theta0, rounded_start=backend == "zero3")
+    for got in ranks:
+        for name, weight in reference.w.items():
+            value = got[method]["weights"][name]
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, weight, atol=WEIGHT_TOLERANCE, rtol=0)
+        for name, omega in reference.omega.items():
+            assert got[method]["strength"][name] == pytest.approx(omega, abs=STRENGTH_TOLERANCE), name
+        assert max(reference.omega.values()) > 2 * STRENGTH_TOLERANCE
+    apart = max(float((plain.w[name] - reference.w[name]).abs().max()) for name in plain.w)
+    assert apart > 2 * WEIGHT_TOLERANCE, "the comparison could not tell the method from none"
+    assert ranks[0][method]["strength"] == ranks[1][method]["strength"]
+
+
+def plain_bfloat16(theta0: dict[str, torch.Tensor], mu: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """DiGraP on bfloat16 weights, moments and gradients: equations in float64, results rounded where stored."""
+    model = make_toy().bfloat16()
+    optimizer = make_optimizer(model)
+    named = dict(model.named_parameters())
+    omega, m, v = (dict.fromkeys(theta0, 0.0) for _ in range(3))
+    p: dict[str, torch.Tensor] = {}
+    for t, (x, y) in enumerate(make_batches(STEPS, GLOBAL_BATCH)):
+        cross_entropy(model(x.bfloat16()).float(), y).backward()
+        zero = {n: torch.zeros_like(named[n], dtype=torch.float64) for n in theta0}
+        g = {n: zero[n] if named[n].grad is None else named[n].grad.double() for n in theta0}
+        if t > 0:
+            h = {n: LR[group_of(n)] * float((g[n] * p[n]).sum()) for n in theta0}
+            total = math.sqrt(sum(value**2 for value in h.values()))
+            for n, value in h.items():
+                value = value / total if total else 0.0
+                m[n], v[n] = 0.9 * m[n] + 0.1 * value, 0.999 * v[n] + 0.001 * value**2
+                step = m[n] / (1 - 0.9**t) / (math.sqrt(v[n] / (1 - 0.999**t)) + 1e-8)
+                omega[n] = min(1.0, max(0.0, omega[n] - mu * step))
+        for n in theta0:
+            d = named[n].detach().double() - theta0[n].double()
+            inner, square = float((g[n] * d).sum()), float((d * d).sum())
+            p[n] = (inner / square if square else 0.0) * d
+            if inner < 0:
+                named[n].grad = (g[n] - omega[n] * p[n]).bfloat16()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: w.detach().clone() for n, w in named.items()}, omega
+
+
+def test_bfloat16_weights_in_one_process(file: Path) -> None:
+    model = make_toy().bfloat16()
+    optimizer = make_optimizer(model)
+    projector = digrap_scale.attach(model, optimizer, reference=file, not_projected=["^head"], strength_lr=MU)
+    assert {r.dtype for r in projector._reference_L if r is not None} == {torch.bfloat16}
+    for x, y in make_batches(STEPS, GLOBAL_BATCH):
+        cross_entropy(model(x.bfloat16()).float(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights, omega = plain_bfloat16(make_theta0(make_toy(), torch.bfloat16), MU)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(parameter.detach(), weights[name], atol=WEIGHT_TOLERANCE, rtol=UNIT)
+    for name, value in projector.strength().items():
+        assert value == pytest.approx(omega[name], abs=STRENGTH_TOLERANCE), name
+    assert max(omega.values()) > 2 * STRENGTH_TOLERANCE
+
+
+def test_master_weights_see_small_displacements(file: Path) -> None:
+    """The statistics are of float32 differences: a bfloat16 displacement of a bfloat16 weight would be 0 here."""
+    theta0 = make_theta0(make_toy(), torch.bfloat16)
+    model = make_toy()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in theta0:
+                parameter.copy_(theta0[name].float() * (1 + 2.0**-12))
+    optimizer = make_optimizer(model)
+    projector = digrap_scale.attach(model, optimizer, reference=file, not_projected=["^head"])
+    x, y = make_batches(1, GLOBAL_BATCH)[0]
+    cross_entropy(model(x), y).backward()
+    before = {n: p.detach().double() - theta0[n].double() for n, p in model.named_parameters() if n in theta0}
+    optimizer.step()
+    found = dict(
+        zip((s.name for s in projector.backend.specs), projector.method.displacement_sq_L.tolist(), strict=True)
+    )
+    for name, d in before.items():
+        assert found[name] == pytest.approx(float(d.square().sum()), rel=1e-5) and found[name] > 0
