@@ -102,7 +102,9 @@ class Reference:
             self.m[n] = 0.9 * self.m[n] + 0.1 * g
             self.v[n] = 0.999 * self.v[n] + 0.001 * g * g
             self.w[n] = self.w[n] * (1 - self.lr(n) * self.decay(n))
-            self.w[n] = self.w[n] - self.lr(n) * (self.m[n] / (1 - 0.9**k)) / ((self.v[n] / (1 - 0.999**k)).sqrt() + 1e-8)
+            self.w[n] = self.w[n] - self.lr(n) * (self.m[n] / (1 - 0.9**k)) / (
+                (self.v[n] / (1 - 0.999**k)).sqrt() + 1e-8
+            )
         for n in d:
             u = (self.w[n] - before[n]).double()
             square = float(d[n].square().sum())

@@ -125,9 +125,8 @@ def test_train_evaluate_and_refuse_to_overwrite(
 
 
 def test_wrong_reference_is_exit_3(values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import save_file
-
     import torch
+    from safetensors.torch import save_file
 
     wrong = tmp_path / "wrong.safetensors"
     save_file({"something.else": torch.zeros(3)}, wrong)
