@@ -27,6 +27,7 @@ from digrap_scale.reference.names import tied_aliases
 from digrap_scale.reference.resolve import Reference, resolve_reference
 from digrap_scale.sharding.base import Backend, unwrapped_name
 from digrap_scale.sharding.build import detect_backend, is_deepspeed_engine, unwrap
+from digrap_scale.sharding.previous import KeptWeights, PreviousWeights, RecomputedWeights, can_recompute
 from digrap_scale.types import ShardView
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Projector:
         method: Method,
         reference_L: Sequence[torch.Tensor | None],
         projected_L: torch.Tensor,
+        previous: PreviousWeights | None,
         max_grad_norm: float | None,
     ) -> None:
         self.backend = backend
@@ -72,7 +74,7 @@ class Projector:
         self.report = StepReport()
         self._reference_L = reference_L
         self._projected_L = projected_L
-        self._previous_L: list[torch.Tensor | None] = [None] * len(backend.specs)
+        self._previous = previous
         self._max_grad_norm = max_grad_norm
         self._clip = 1.0
         self._idle = False
@@ -106,11 +108,11 @@ class Projector:
             backend.drop_gradients()
             return
         layers = backend.stepping()
-        views = self._views(layers)
+        views = self._views(layers, look_back=False)
         method.apply_(views, layers, self._clip)
         backend.write_back()
-        if method.needs_previous:
-            self._keep_weights(views, layers)
+        if self._previous is not None:
+            self._previous.note_step(views, layers)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
@@ -126,14 +128,15 @@ class Projector:
 
     # Its parts.
 
-    def _views(self, layers: Sequence[int] | None = None) -> list[ShardView]:
-        """The backend's views with the reference and the previous weights filled in."""
+    def _views(self, layers: Sequence[int] | None = None, look_back: bool = True) -> list[ShardView]:
+        """The backend's views with the reference, and the previous weights if wanted, filled in."""
         numbers = range(len(self.backend.specs)) if layers is None else layers
         views = self.backend.views(layers)
         for layer, view in zip(numbers, views, strict=True):
             reference = self._reference_L[layer]
             view.reference, view.projected = reference, bool(self._projected_L[layer])
-            view.previous = self._previous_L[layer]
+        if look_back and self._previous is not None:
+            self._previous.fill(views, numbers)
         return views
 
     def _inspect(self, stats_LK: torch.Tensor) -> float:
@@ -163,17 +166,6 @@ class Projector:
         self.report.conflict_rate = float((self.method.conflict() & self._projected_L).sum()) / count
         self.report.strength_mean = float(self.method.strength()[self._projected_L].double().sum()) / count
 
-    def _keep_weights(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
-        """Remember θ_{t-1} of the layers that are about to be stepped, for d_{t-1} and the update."""
-        for layer, view in zip(layers, views, strict=True):
-            if not view.projected:
-                continue
-            kept = self._previous_L[layer]
-            if kept is None:
-                self._previous_L[layer] = view.weight.clone()
-            else:
-                kept.copy_(view.weight)
-
     # For users.
 
     def strength(self) -> dict[str, float]:
@@ -196,17 +188,13 @@ class Projector:
                 layers[key] = dict(zip(names, value.unbind(), strict=True))
             else:
                 scalars[key] = value
-        previous = {
-            names[layer]: self.backend.gather(layer, kept).cpu()
-            for layer, kept in enumerate(self._previous_L)
-            if kept is not None
-        }
+        before = {"previous": {}, "last_step": {}} if self._previous is None else self._previous.state()
         return {
             "method": self.method.name,
             "step": self.report.step,
             "scalars": scalars,
             "layers": layers,
-            "previous": previous,
+            **before,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,7 +203,7 @@ class Projector:
         Raises:
             CheckpointError: the state is of another method, or of other layers.
         """
-        expected = ("method", "step", "scalars", "layers", "previous")
+        expected = ("method", "step", "scalars", "layers", "previous", "last_step")
         missing = [key for key in expected if key not in state]
         if missing:
             raise CheckpointError(f"method state: expected the keys {', '.join(expected)}; {missing[0]} is missing")
@@ -230,25 +218,16 @@ class Projector:
                     f"method state: {len(differing)} layers differ between the state and the model, first {differing[0]!r}"
                 )
             restored[key] = torch.stack([values[name] for name in names])
-        weights = self.backend.weights()
-        for spec in self.backend.specs:
-            full = state["previous"].get(spec.name)
-            if full is not None and tuple(full.shape) != spec.shape:
-                raise CheckpointError(
-                    f"method state: {spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}"
-                )
-        for layer, spec in enumerate(self.backend.specs):
-            full = state["previous"].get(spec.name)
-            self._previous_L[layer] = (
-                None if full is None else full.reshape(-1)[spec.start : spec.stop].to(weights[layer]).clone()
-            )
+        if self._previous is not None:
+            self._previous.load({key: state[key] for key in ("previous", "last_step")})
         if restored:
             self.method.load(restored)
         self.report = StepReport(step=int(state["step"]))
 
     def held_tensors(self) -> list[torch.Tensor]:
         """The shards that the projector keeps beside the model: the reference, and the weights before the last step."""
-        return [tensor for tensor in (*self._reference_L, *self._previous_L) if tensor is not None]
+        kept = [] if self._previous is None else self._previous.held_tensors()
+        return [tensor for tensor in self._reference_L if tensor is not None] + kept
 
     def note_engine_skip(self) -> None:
         """Report a step that the engine itself skipped (overflow) before it called the optimizer. Collective."""
@@ -282,6 +261,7 @@ def attach(
     reference_rename: Mapping[str, str] | None = None,
     not_projected: Sequence[str] = (),
     max_grad_norm: float | None = None,
+    previous: Literal["auto", "stored", "recomputed"] = "auto",
     kernels: Literal["auto", "eager", "compile"] = "auto",
     **method_options: Any,
 ) -> Projector:
@@ -300,6 +280,8 @@ def attach(
         reference_rename: regex → replacement, from parameter names to the file's names, where they differ.
         not_projected: regexes of parameters that have no reference (a new head).
         max_grad_norm: clip the global gradient norm before the projection, from the same reduction.
+        previous: where d_{t-1} comes from: ``"stored"`` (one more copy of the shards), ``"recomputed"`` (from the moments
+            of torch's AdamW or Adam: no memory), or ``"auto"``: recomputed where it can be.
         kernels: how large layers are walked: ``"eager"``, ``"compile"`` (torch.compile), or ``"auto"``: compiled where a
             rank holds 32 M trained elements or more and a compiler is there. The choice is logged.
         method_options: arguments of the method given by name (``strength_lr=1e-2``).
@@ -348,7 +330,24 @@ def attach(
     except ValueError as error:
         raise ConfigError(f"attach: {error}") from error
     logger.info("method %s: %s kernels", chosen.name, chosen.kernels.name)
-    return Projector(backend, chosen, reference_L, projected_L, max_grad_norm)
+    weights_before = _previous(previous, chosen, backend, projected_L)
+    return Projector(backend, chosen, reference_L, projected_L, weights_before, max_grad_norm)
+
+
+def _previous(choice: str, method: Method, backend: Backend, projected_L: torch.Tensor) -> PreviousWeights | None:
+    """How the weights before the last step are had, or None for a method that does not look back."""
+    if choice not in ("auto", "stored", "recomputed"):
+        raise ConfigError(f"previous: expected 'auto', 'stored' or 'recomputed', found {choice!r}")
+    if not method.needs_previous:
+        return None
+    obstacle = f"{method.name} acts on the update itself" if method.acts_on_update else can_recompute(backend)
+    if choice == "recomputed" and obstacle is not None:
+        raise ConfigError(f"previous='recomputed': {obstacle}; use 'stored'")
+    recompute = choice != "stored" and obstacle is None
+    logger.info(
+        "method %s: previous weights are %s", method.name, "recomputed" if recompute else f"stored ({obstacle})"
+    )
+    return RecomputedWeights(backend, projected_L) if recompute else KeptWeights(backend, projected_L)
 
 
 def _method(method: str | Method | None, options: dict[str, Any]) -> Method:

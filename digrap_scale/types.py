@@ -32,6 +32,23 @@ class ShardSpec:
 
 
 @dataclass
+class AdamMoments:
+    """What Adam's or AdamW's last step on a layer can be computed again from, instead of keeping the weights before it.
+
+    θ_{t-2} = (θ_{t-1} + step_size · m / (√v · second_scale + eps)) / shrink, from torch's own update rule.
+
+    Attributes:
+        first, second: [N] the optimizer's moments m and v.
+        factors: shrink (1 − lr · weight decay; 1 for Adam), step_size (lr / (1 − β₁^k)), second_scale
+            (1 / √(1 − β₂^k)) and eps, of that step.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    factors: tuple[float, float, float, float]
+
+
+@dataclass
 class ShardView:
     """One layer's shard, as flat tensors that alias the optimizer's own memory where the backend allows it.
 
@@ -44,6 +61,7 @@ class ShardView:
         reference: [N] pre-trained weights in their stored dtype, or None: zero if ``projected``, absent otherwise.
         projected: whether the layer has a reference at all.
         previous: [N] the weights before the optimizer's last step, or None where nothing keeps them.
+        moments: what ``previous`` can be computed from where it is not kept, or None.
         lr: learning rate of the layer's parameter group in this step.
     """
 
@@ -54,6 +72,7 @@ class ShardView:
     reference: torch.Tensor | None = None
     projected: bool = False
     previous: torch.Tensor | None = None
+    moments: AdamMoments | None = None
     lr: float = 0.0
 
 

@@ -21,6 +21,7 @@ from digrap_scale.evaluation.suite import SuiteResult
 
 FORMAT_VERSION = 1
 ACCURACY_NOTE = "Accuracy in percent, ± binomial standard error of the test set; means are plain means over sets."
+_FILE_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,10 @@ def _table(rows: Sequence[ReportRow], shown: list[Column], turned: bool, errors:
 
 def print_report(rows: Sequence[ReportRow], notes: Sequence[str] = (), console: Console | None = None) -> None:
     """Prints the table and the notes below it."""
-    console = console or Console()
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # a file or a pipe: rich would guess 80 columns and cut names
+            console = Console(width=_FILE_WIDTH)
     console.print(terminal_table(rows, width=console.width))
     for note in notes:
         console.print(f"· {note}", markup=False, highlight=False)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from digrap_scale.types import AdamMoments
+
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a block's operands stay in a core's share of cache
 ROW_ELEMENTS = 1 << 12  # compiled: float32 sums run over so many elements, float64 above them
 LARGE_ELEMENTS = 1 << 16  # smaller layers are packed together instead
@@ -22,6 +24,13 @@ def displacement(weight: torch.Tensor, reference: torch.Tensor | None) -> torch.
     """d = θ − θ₀ in float32 (θ itself where the reference is zero)."""
     exact = weight if weight.dtype == torch.float32 else weight.float()
     return exact if reference is None else torch.sub(exact, reference)
+
+
+def weights_before(weight: torch.Tensor, moments: AdamMoments, part: slice = slice(None)) -> torch.Tensor:
+    """θ before Adam's last step, in float32, of a piece of the layer (``weight`` is that piece)."""
+    shrink, step_size, second_scale, eps = moments.factors
+    denominator = moments.second[part].sqrt().mul_(second_scale).add_(eps)
+    return torch.addcdiv(weight.float(), moments.first[part], denominator, value=step_size).div_(shrink)
 
 
 class Kernels:
@@ -36,6 +45,7 @@ class Kernels:
         reference: torch.Tensor | None,
         previous: torch.Tensor | None,
         projected: bool,
+        moments: AdamMoments | None = None,
     ) -> torch.Tensor:
         """⟨g, d_t⟩, ‖d_t‖², ⟨g, d_{t-1}⟩, ‖g‖²: [4] float64; 0 where an operand is absent."""
         sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
@@ -51,7 +61,9 @@ class Kernels:
             sums[1] += torch.dot(d, d)
             if g is not None:
                 sums[0] += torch.dot(g, d)
-                if previous is not None:
+                if moments is not None:
+                    sums[2] += torch.dot(g, displacement(weights_before(weight[block], moments, block), r))
+                elif previous is not None:
                     sums[2] += torch.dot(g, displacement(previous[block], r))
         return sums
 
@@ -91,6 +103,7 @@ class CompiledKernels(Kernels):
 
     def __init__(self) -> None:
         self._gradient: Callable[..., torch.Tensor] = torch.compile(_gradient_rows, dynamic=True)
+        self._gradient_adam: Callable[..., torch.Tensor] = torch.compile(_gradient_rows_adam, dynamic=True)
         self._update: Callable[..., torch.Tensor] = torch.compile(_update_rows, dynamic=True)
         self._add: Callable[..., Any] = torch.compile(_add_rows_, dynamic=True)
 
@@ -101,14 +114,29 @@ class CompiledKernels(Kernels):
         reference: torch.Tensor | None,
         previous: torch.Tensor | None,
         projected: bool,
+        moments: AdamMoments | None = None,
     ) -> torch.Tensor:
         if grad is None or not projected:
-            return super().gradient_products(grad, weight, reference, previous, projected)
+            return super().gradient_products(grad, weight, reference, previous, projected, moments)
         whole, rest = _split(weight.numel())
         on = weight.device
-        sums = self._gradient(grad[whole], weight[whole], _part(reference, whole, on), _part(previous, whole, on))
+        if moments is None:
+            sums = self._gradient(grad[whole], weight[whole], _part(reference, whole, on), _part(previous, whole, on))
+            left_moments = None
+        else:
+            # As a tensor, so that other values do not mean another compilation.
+            factors = torch.tensor(moments.factors, dtype=torch.float32, device=on)
+            sums = self._gradient_adam(
+                grad[whole],
+                weight[whole],
+                _part(reference, whole, on),
+                moments.first[whole],
+                moments.second[whole],
+                factors,
+            )
+            left_moments = AdamMoments(moments.first[rest], moments.second[rest], moments.factors)
         left = super().gradient_products(
-            grad[rest], weight[rest], _part(reference, rest, on), _part(previous, rest, on), projected
+            grad[rest], weight[rest], _part(reference, rest, on), _part(previous, rest, on), projected, left_moments
         )
         return sums + left
 
@@ -152,6 +180,19 @@ def _gradient_rows(
     if previous is None:
         sums.insert(2, torch.zeros_like(sums[0]))
     return torch.stack(sums)
+
+
+def _gradient_rows_adam(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    reference: torch.Tensor | None,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    factors: torch.Tensor,
+) -> torch.Tensor:
+    denominator = second.sqrt() * factors[2] + factors[3]
+    previous = (weight + factors[1] * first / denominator) / factors[0]
+    return _gradient_rows(grad, weight, reference, previous)
 
 
 def _update_rows(weight: torch.Tensor, previous: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:

@@ -44,6 +44,18 @@ class Pack:
             return None
         return torch.cat(tensors).to(self.views[0].weight.device, non_blocking=True)
 
+    def previous(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The weights before the last step, kept or computed again from Adam's moments (None if neither is there)."""
+        if self.views[0].moments is None:
+            return self.gather("previous")
+        moments = [view.moments for view in self.views if view.moments is not None]
+        factors = torch.tensor([one.factors for one in moments], dtype=torch.float32, device=weight.device)
+        lengths = torch.tensor(self.lengths, device=weight.device)
+        shrink, step_size, second_scale, eps = factors.repeat_interleave(lengths, dim=0).unbind(1)
+        first = torch.cat([one.first for one in moments])
+        second = torch.cat([one.second for one in moments])
+        return (weight.float() + step_size * first / (second.sqrt() * second_scale + eps)) / shrink
+
     def sums(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """⟨a, b⟩ of each layer: [layers of the pack] float32."""
         return torch.segment_reduce(a * b, "sum", lengths=torch.tensor(self.lengths, device=a.device))
@@ -78,6 +90,7 @@ def _kind(view: ShardView) -> tuple[object, ...]:
         view.projected,
         None if view.reference is None else view.reference.dtype,
         view.previous is None,
+        view.moments is None,
     )
 
 
@@ -97,8 +110,10 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
     large, packs = pack_small(views)
     for row in large:
         view = views[row]
-        previous = view.previous if with_previous else None
-        stats_LK[row] = kernels.gradient_products(view.grad, view.weight, view.reference, previous, view.projected)
+        previous, moments = (view.previous, view.moments) if with_previous else (None, None)
+        stats_LK[row] = kernels.gradient_products(
+            view.grad, view.weight, view.reference, previous, view.projected, moments
+        )
     for pack in packs:
         _add_pack(stats_LK, pack, with_previous)
     scales = [view.grad_scale for view in views]
@@ -123,7 +138,7 @@ def _add_pack(stats_LK: torch.Tensor, pack: Pack, with_previous: bool) -> None:
     if grad is None:
         return
     stats_LK[pack.layers, GRAD_DISPLACEMENT] = pack.sums(grad, now).double()
-    previous = pack.gather("previous") if with_previous else None
+    previous = pack.previous(weight) if with_previous else None
     if previous is not None:
         stats_LK[pack.layers, GRAD_PREVIOUS] = pack.sums(grad, displacement(previous, reference)).double()
 

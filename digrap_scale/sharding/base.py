@@ -28,13 +28,13 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
-def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
-    """(name, parameter, its group) of every parameter that ``optimizer`` trains, in the model's order; tied ones once.
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, int]]:
+    """(name, parameter, number of its group) of every parameter that ``optimizer`` trains, in the model's order; tied ones once.
 
     Raises:
         ConfigError: the optimizer holds a trainable tensor that is no parameter of the model, or none at all.
     """
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad}
     found = []
     for name, parameter in model.named_parameters():
         group = group_of.pop(id(parameter), None)
@@ -99,11 +99,30 @@ class Backend:
         self._copied = []
         views = []
         for layer in range(len(self.specs)) if layers is None else layers:
-            spec, (_, parameter, group) = self.specs[layer], self._trained[layer]
+            spec, (_, parameter, _) = self.specs[layer], self._trained[layer]
             weight = self._flat_weight(spec, parameter)
             grad = None if parameter.grad is None else self._flat_grad(self.local(parameter.grad))
-            views.append(ShardView(spec, weight, grad, lr=float(group["lr"])))
+            views.append(ShardView(spec, weight, grad, lr=float(self.group(layer)["lr"])))
         return views
+
+    def adam_moments(self, layers: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+        """Of each layer, Adam's moments m and v ([N]) and its step count (a one-element tensor), or None before its
+        first step."""
+        state = self.hooked[0].state
+        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = []
+        for layer in layers:
+            of_layer = state.get(self._trained[layer][1])
+            if not of_layer:
+                found.append(None)
+                continue
+            first, second = (self.local(of_layer[key]).reshape(-1) for key in ("exp_avg", "exp_avg_sq"))
+            found.append((first, second, of_layer["step"]))
+        return found
+
+    def group(self, layer: int) -> dict[str, Any]:
+        """The optimizer's settings for a layer, as they are now (loading an optimizer's state replaces the dicts)."""
+        group: dict[str, Any] = self.hooked[0].param_groups[self._trained[layer][2]]
+        return group
 
     def stepping(self) -> Sequence[int]:
         """The layers that the optimizer step under way will change (all of them, but for ZeRO's sub-groups)."""

@@ -99,6 +99,24 @@ class Zero3Backend(Backend):
             )
         return views
 
+    def adam_moments(self, layers: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = []
+        for layer in layers:
+            sub_group, offset, _, real = self._place[layer]
+            state = self._zero.optimizer.state.get(self._zero.fp32_partitioned_groups_flat[sub_group])
+            if not state:
+                found.append(None)
+                continue
+            first, second = (state[key].narrow(0, offset, real) for key in ("exp_avg", "exp_avg_sq"))
+            found.append((first, second, state["step"]))
+        return found
+
+    def group(self, layer: int) -> dict[str, Any]:
+        group: dict[str, Any] = self._zero.optimizer.param_groups[
+            self._zero.sub_group_to_group_id[self._place[layer][0]]
+        ]
+        return group
+
     def _active_sub_group(self) -> int:
         """The sub-group whose flat partition the inner optimizer was handed."""
         held = {p.data_ptr() for group in self._zero.optimizer.param_groups for p in group["params"]}

@@ -28,7 +28,7 @@ def expected(case: Case) -> Reference:
     theta0 = theta0_of(case, model)
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    options = dict(case.options)
+    options = {key: value for key, value in case.options.items() if key != "previous"}
     reference = Reference(
         trained,
         theta0,
@@ -74,7 +74,8 @@ def test_single_process(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"normalization": "cosine"}, {"normalization": "none"}, {"hypergradient": "conflicts"}]
+    "options",
+    [{"normalization": "cosine"}, {"normalization": "none"}, {"hypergradient": "conflicts"}, {"previous": "stored"}],
 )
 def test_single_process_variants(options: dict) -> None:
     case = Case("single", options={"strength_lr": 0.05, **options})
@@ -87,6 +88,7 @@ CASES: dict[str, dict] = {
     "accumulation": {"accumulation": 2},
     "clipping": {"max_grad_norm": 0.5},
     "both": {"accumulation": 2, "max_grad_norm": 0.5},
+    "stored": {"options": {"strength_lr": 0.05, "previous": "stored"}, "max_grad_norm": 0.5},
     "update": {"method": "digrap_update"},
     "pcgrad": {"method": "pcgrad", "without_reference": (".gain",)},
     "l2sp": {"method": "l2sp", "max_grad_norm": 0.5},

@@ -65,8 +65,8 @@ def test_state_of_every_method(method: str) -> None:
     """What is saved can be loaded, and is saved again the same; names and full shapes, plain numbers."""
     options = {"weight": 0.1} if method in ("l2sp", "spd") else {}
     state = (
-        train_part("single", "digrap", 0, 3)["projector"]
-        if method == "digrap"
+        train_part("single", method, 0, 3)["projector"]
+        if method.startswith("digrap")
         else attached(method, **options).state_dict()
     )
     projector = attached(method, **options)
@@ -76,8 +76,11 @@ def test_state_of_every_method(method: str) -> None:
     assert again["step"] == state["step"] == projector.report.step
     for key, layers in state["layers"].items():
         assert all(torch.equal(again["layers"][key][name], value) for name, value in layers.items())
-    assert all(torch.equal(again["previous"][name], value) for name, value in state["previous"].items())
+    for key in ("previous", "last_step"):
+        assert all(torch.equal(again[key][name], value) for name, value in state[key].items())
     if method == "digrap":
+        assert not state["previous"] and len(state["last_step"]) > 5, "AdamW's moments say it all"
+    if method == "digrap_update":
         shapes = {name: p.shape for name, p in make_toy().named_parameters() if not name.startswith("head")}
         assert {name: value.shape for name, value in state["previous"].items()}.items() <= shapes.items()
         assert len(state["previous"]) > 5
@@ -99,15 +102,15 @@ def test_refuses_other_layers() -> None:
 
 
 def test_refuses_other_shapes() -> None:
-    state = train_part("single", "digrap", 0, 2)["projector"]
+    state = train_part("single", "digrap_update", 0, 2)["projector"]
     state["previous"]["blocks.0.up.bias"] = torch.zeros(9)
-    projector = attached()
+    projector = attached("digrap_update")
     with pytest.raises(CheckpointError) as caught:
         projector.load_state_dict(state)
     assert str(caught.value) == "method state: blocks.0.up.bias: expected shape [7], found [9]"
 
 
-@pytest.mark.parametrize("missing", ["method", "scalars", "layers", "previous", "step"])
+@pytest.mark.parametrize("missing", ["method", "scalars", "layers", "previous", "last_step", "step"])
 def test_refuses_something_else(missing: str) -> None:
     state = attached().state_dict()
     del state[missing]
@@ -115,5 +118,5 @@ def test_refuses_something_else(missing: str) -> None:
         attached().load_state_dict(state)
     assert (
         str(caught.value)
-        == f"method state: expected the keys method, step, scalars, layers, previous; {missing} is missing"
+        == f"method state: expected the keys method, step, scalars, layers, previous, last_step; {missing} is missing"
     )

@@ -1,0 +1,155 @@
+"""The weights before the optimizer's last step (for d_{t-1}): kept as one more shard, or computed again from Adam's moments.
+
+Shapes: L layers, N local elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from digrap_scale.errors import CheckpointError
+from digrap_scale.sharding.base import Backend
+from digrap_scale.types import AdamMoments, ShardView
+
+# Of each layer's last step, in this order; rate 0 stands for "no step yet".
+_SETTINGS = ("lr", "weight_decay", "beta1", "beta2", "eps")
+
+
+class KeptWeights:
+    """One copy of every layer's shard in the weights' dtype; works with any optimizer."""
+
+    def __init__(self, backend: Backend, wanted_L: torch.Tensor) -> None:
+        self._backend = backend
+        self._wanted_L = wanted_L.tolist()
+        self._kept_L: list[torch.Tensor | None] = [None] * len(backend.specs)
+
+    def fill(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Give every view its ``previous``."""
+        for layer, view in zip(layers, views, strict=True):
+            view.previous = self._kept_L[layer]
+
+    def note_step(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Called before the optimizer changes ``layers``."""
+        for layer, view in zip(layers, views, strict=True):
+            kept = self._kept_L[layer]
+            if not self._wanted_L[layer]:
+                continue
+            if kept is None:
+                self._kept_L[layer] = view.weight.clone()
+            else:
+                kept.copy_(view.weight)
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """The shards that are kept."""
+        return [kept for kept in self._kept_L if kept is not None]
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By parameter name: the full weights before the last step, on the CPU. Collective under sharding."""
+        specs = self._backend.specs
+        full = {
+            specs[i].name: self._backend.gather(i, kept).cpu()
+            for i, kept in enumerate(self._kept_L)
+            if kept is not None
+        }
+        return {"previous": full, "last_step": {}}
+
+    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """The inverse of ``state``.
+
+        Raises:
+            CheckpointError: a tensor of another shape.
+        """
+        specs, weights = self._backend.specs, self._backend.weights()
+        for spec in specs:
+            full = state["previous"].get(spec.name)
+            if full is not None and tuple(full.shape) != spec.shape:
+                raise CheckpointError(
+                    f"method state: {spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}"
+                )
+        for layer, spec in enumerate(specs):
+            full = state["previous"].get(spec.name)
+            self._kept_L[layer] = (
+                None if full is None else full.reshape(-1)[spec.start : spec.stop].to(weights[layer]).clone()
+            )
+
+
+class RecomputedWeights:
+    """No memory: the last update follows from the optimizer's moments and the settings that it was taken with."""
+
+    def __init__(self, backend: Backend, wanted_L: torch.Tensor) -> None:
+        self._backend = backend
+        self._wanted_L = wanted_L.tolist()
+        self._settings_LS = torch.zeros(len(backend.specs), len(_SETTINGS), dtype=torch.float64)
+
+    def fill(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Give every view that has been stepped its ``moments``; one that never was gets nothing (⟨g, d_{t-1}⟩ = 0)."""
+        wanted = [
+            i for i, layer in enumerate(layers) if self._wanted_L[layer] and float(self._settings_LS[layer, 3]) > 0
+        ]
+        found = self._backend.adam_moments([layers[i] for i in wanted])
+        present = [(i, state) for i, state in zip(wanted, found, strict=True) if state is not None]
+        if not present:
+            return
+        # One transfer for all step counts: fused optimizers keep them on the device.
+        counts = torch.stack([state[2].reshape(()).to(torch.float64) for _, state in present]).tolist()
+        for (i, (first, second, _)), count in zip(present, counts, strict=True):
+            lr, decay, beta1, beta2, eps = self._settings_LS[layers[i]].tolist()
+            if lr == 0 or count == 0:  # not moved: θ_{t-2} = θ_{t-1}
+                factors = (1.0, 0.0, 1.0, eps)
+            else:
+                factors = (1 - lr * decay, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), eps)
+            views[i].moments = AdamMoments(first, second, factors)
+
+    def note_step(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Called before the optimizer changes ``layers``: remember what it will do it with."""
+        for layer, view in zip(layers, views, strict=True):
+            group = self._backend.group(layer)
+            decay = group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
+            # A layer without a gradient is not stepped: θ_{t-2} = θ_{t-1}, as a step with rate 0 gives.
+            lr, decay = (view.lr, decay) if view.grad is not None else (0.0, 0.0)
+            values = [lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]]
+            self._settings_LS[layer] = torch.tensor(values, dtype=torch.float64)
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Nothing."""
+        return []
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By parameter name: the settings of the layer's last step, [5] float64."""
+        names = [spec.name for spec in self._backend.specs]
+        return {"previous": {}, "last_step": dict(zip(names, self._settings_LS.clone().unbind(), strict=True))}
+
+    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """The inverse of ``state``; the optimizer's own state must be restored beside it.
+
+        Raises:
+            CheckpointError: the state was saved where the weights were kept instead.
+        """
+        if state["previous"] and not state["last_step"]:
+            raise CheckpointError(
+                "method state: it holds the weights before the last step; attach with previous='stored' to continue it"
+            )
+        for layer, spec in enumerate(self._backend.specs):
+            if spec.name in state["last_step"]:
+                self._settings_LS[layer] = state["last_step"][spec.name]
+
+
+PreviousWeights = KeptWeights | RecomputedWeights
+
+
+def can_recompute(backend: Backend) -> str | None:
+    """Why the last update cannot be computed again on this backend, or None if it can."""
+    for optimizer in backend.hooked:
+        if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam):
+            return f"the optimizer is {type(optimizer).__name__}, expected torch's AdamW or Adam"
+        for group in optimizer.param_groups:
+            if group.get("amsgrad") or group.get("maximize"):
+                return "amsgrad and maximize change the update rule"
+    dtypes: set[Any] = {weight.dtype for weight in backend.weights()}
+    if dtypes != {torch.float32}:
+        return "weights that are not float32 lose the update in rounding"
+    return None
