@@ -224,6 +224,14 @@ class Projector:
             self.method.load(restored)
         self.report = StepReport(step=int(state["step"]))
 
+    def summary(self) -> str:
+        """One line: method, backend, how many layers have a reference, and what was chosen automatically."""
+        previous = "" if self._previous is None else f", weights before the last step {self._previous.name}"
+        return (
+            f"method {self.method.name} on {self.backend.name}: {int(self._projected_L.sum())} of "
+            f"{len(self._projected_L)} layers have a reference, {self.method.kernels.name} kernels{previous}"
+        )
+
     def held_tensors(self) -> list[torch.Tensor]:
         """The shards that the projector keeps beside the model: the reference, and the weights before the last step."""
         kept = [] if self._previous is None else self._previous.held_tensors()
@@ -294,16 +302,7 @@ def attach(
         CheckpointError: the reference does not fit the model; the message is the whole diff.
     """
     chosen = _method(method, method_options)
-    if reference_placement not in ("device", "cpu"):
-        raise ConfigError(f"reference_placement: expected 'device' or 'cpu', found {reference_placement!r}")
-    if max_grad_norm is not None:
-        if not max_grad_norm > 0:
-            raise ConfigError(f"max_grad_norm: expected a positive number, found {max_grad_norm}")
-        if is_deepspeed_engine(model) and model.gradient_clipping() > 0:
-            raise ConfigError(
-                f"max_grad_norm={max_grad_norm}: the engine clips to {model.gradient_clipping()} already; set "
-                '"gradient_clipping": 0 in the DeepSpeed config, or leave max_grad_norm out'
-            )
+    _check_options(model, reference_placement, max_grad_norm)
     backend = detect_backend(model, optimizer)
     if any(hooked in _attached for hooked in backend.hooked):
         raise ConfigError("attach: this optimizer has a projector already; call its detach() first")
@@ -322,16 +321,28 @@ def attach(
         projected_L = torch.tensor(projected)
         if reference_placement == "cpu":
             reference_L = [None if tensor is None else tensor.cpu() for tensor in reference_L]
-        logger.info(
-            "method %s: %d of %d layers have a reference", chosen.name, int(projected_L.sum()), len(projected_L)
-        )
     try:
         chosen.kernels = choose_kernels(kernels, sum(spec.numel for spec in backend.specs), backend.weights()[0].device)
     except ValueError as error:
         raise ConfigError(f"attach: {error}") from error
-    logger.info("method %s: %s kernels", chosen.name, chosen.kernels.name)
     weights_before = _previous(previous, chosen, backend, projected_L)
-    return Projector(backend, chosen, reference_L, projected_L, weights_before, max_grad_norm)
+    projector = Projector(backend, chosen, reference_L, projected_L, weights_before, max_grad_norm)
+    logger.info(projector.summary())
+    return projector
+
+
+def _check_options(model: Any, reference_placement: str, max_grad_norm: float | None) -> None:
+    if reference_placement not in ("device", "cpu"):
+        raise ConfigError(f"reference_placement: expected 'device' or 'cpu', found {reference_placement!r}")
+    if max_grad_norm is None:
+        return
+    if not max_grad_norm > 0:
+        raise ConfigError(f"max_grad_norm: expected a positive number, found {max_grad_norm}")
+    if is_deepspeed_engine(model) and model.gradient_clipping() > 0:
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm}: the engine clips to {model.gradient_clipping()} already; set "
+            '"gradient_clipping": 0 in the DeepSpeed config, or leave max_grad_norm out'
+        )
 
 
 def _previous(choice: str, method: Method, backend: Backend, projected_L: torch.Tensor) -> PreviousWeights | None:
@@ -344,9 +355,6 @@ def _previous(choice: str, method: Method, backend: Backend, projected_L: torch.
     if choice == "recomputed" and obstacle is not None:
         raise ConfigError(f"previous='recomputed': {obstacle}; use 'stored'")
     recompute = choice != "stored" and obstacle is None
-    logger.info(
-        "method %s: previous weights are %s", method.name, "recomputed" if recompute else f"stored ({obstacle})"
-    )
     return RecomputedWeights(backend, projected_L) if recompute else KeptWeights(backend, projected_L)
 
 

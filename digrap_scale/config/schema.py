@@ -186,6 +186,13 @@ class ReferenceConfig(Section):
         ),
     )
     placement: Literal["device", "cpu"] = Field(default="device", description="Where a rank's slices are kept.")
+    previous: Literal["auto", "stored", "recomputed"] = Field(
+        default="auto",
+        description=(
+            "The weights before the last step, for the hyper-gradient: `stored` (one more shard), `recomputed` (from "
+            "the moments of adamw or adam: no memory), or `auto`: recomputed where it can be."
+        ),
+    )
     rename: Annotated[dict[Regex, str], AfterValidator(check_renames)] = Field(
         default={}, description="Regex → replacement, from the model's parameter names to the file's."
     )
@@ -249,6 +256,10 @@ class TrainingConfig(Section):
         default=None, description="Clip the global gradient norm, before the projection."
     )
     max_skipped_steps: PositiveInt = Field(default=20, description="Stop after so many non-finite steps in a row.")
+    kernels: Literal["auto", "eager", "compile"] = Field(
+        default="auto",
+        description="How the method walks large layers; `auto`: compiled from 32 M elements a process on.",
+    )
 
 
 class CheckpointConfig(Section):

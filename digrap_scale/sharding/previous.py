@@ -22,6 +22,8 @@ _SETTINGS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 class KeptWeights:
     """One copy of every layer's shard in the weights' dtype; works with any optimizer."""
 
+    name = "stored"
+
     def __init__(self, backend: Backend, wanted_L: torch.Tensor) -> None:
         self._backend = backend
         self._wanted_L = wanted_L.tolist()
@@ -79,6 +81,8 @@ class KeptWeights:
 
 class RecomputedWeights:
     """No memory: the last update follows from the optimizer's moments and the settings that it was taken with."""
+
+    name = "recomputed"
 
     def __init__(self, backend: Backend, wanted_L: torch.Tensor) -> None:
         self._backend = backend

@@ -65,6 +65,7 @@ def _train(config: Config, here: Place) -> None:
         for line in run.built.report + describe_groups(groups):
             log.message(line)
         projector = _attach(run, config)
+        log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
         batches = build_loader(
             shards,
@@ -170,6 +171,8 @@ def _attach(run: _Run, config: Config) -> Projector:
         reference_rename=config.reference.rename,
         not_projected=[f"^{re.escape(name)}$" for name in sorted(new)],
         max_grad_norm=run.engine.max_grad_norm,
+        previous=config.reference.previous,
+        kernels=config.training.kernels,
     )
 
 
