@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 from digrap_scale.config import Config, load_config
-from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError, NonFiniteError
+from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError
 from digrap_scale.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; errors become one line (or one a problem) and the exit code of their kind."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _quiet_libraries()
     try:
         options.run(options)
@@ -23,6 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     return EXIT_OK
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand between or before the overrides; argparse alone leaves overrides after an option over."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from digrap_scale.training.run import train
 
+    # A launcher that gives up sends SIGTERM: leave through the run's log, so that its status says so.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     train(_load(options))
 
 
@@ -108,13 +123,17 @@ def _quiet_libraries() -> None:
 
 
 def _load(options: argparse.Namespace) -> Config:
-    return load_config(options.config, options.overrides)
+    try:
+        return load_config(options.config, options.overrides)
+    except ConfigError as error:
+        error.agreed = True  # every rank reads the same file
+        raise
 
 
 def _complain(error: DigrapError) -> None:
-    """Rank 0 tells what all ranks see (a bad config); what happens to one rank later is told by that rank."""
+    """Rank 0 tells what all ranks see (a bad config); what happens to one rank is told by that rank."""
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, ConfigError | NonFiniteError) and rank != 0:
+    if error.agreed and rank != 0:
         return
     prefix = f"rank {rank}: " if rank != 0 else ""
     for line in str(error).splitlines():

@@ -7,9 +7,15 @@ EXIT_PREEMPTED = 75
 
 
 class DigrapError(Exception):
-    """Base of the errors that end a run with one line. ``exit_code`` is the process's exit status."""
+    """Base of the errors that end a run with one line.
+
+    Attributes:
+        exit_code: the process's exit status.
+        agreed: every rank raises it, so that one of them telling is enough.
+    """
 
     exit_code = 1
+    agreed = False
 
 
 class ConfigError(DigrapError):

@@ -141,7 +141,11 @@ class Projector:
 
     def _inspect(self, stats_LK: torch.Tensor) -> float:
         """Fill the report from reduced statistics; return the clipping factor (1 = none)."""
-        finite_L = torch.isfinite(stats_LK).all(dim=1)
+        finite_L = torch.isfinite(stats_LK[:, S.GRAD_SQ])
+        broken = (finite_L & ~torch.isfinite(stats_LK[:, S.DISPLACEMENT_SQ])).nonzero().flatten().tolist()
+        if broken:
+            name = self.backend.specs[broken[0]].name
+            raise CheckpointError(f"{name}: its weights or their reference hold values that are not finite")
         names = [spec.name for spec, finite in zip(self.backend.specs, finite_L.tolist(), strict=True) if not finite]
         norm = math.sqrt(float(stats_LK[:, S.GRAD_SQ].sum())) if not names else math.nan
         before_clipping = self.backend.grad_norm_before_clipping()
@@ -319,6 +323,11 @@ def attach(
             reference, module, backend.specs, backend.weights(), aliases, reference_rename or {}, exempt
         )
         projected_L = torch.tensor(projected)
+        # Weights in bfloat16 are the checkpoint's, rounded: so is their reference, or d would start as rounding noise.
+        reference_L = [
+            tensor.to(weight.dtype) if tensor is not None and tensor.element_size() > weight.element_size() else tensor
+            for tensor, weight in zip(reference_L, backend.weights(), strict=True)
+        ]
         if reference_placement == "cpu":
             reference_L = [None if tensor is None else tensor.cpu() for tensor in reference_L]
     try:

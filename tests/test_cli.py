@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from digrap_scale.cli import main
 from tests.models.tiny import save_vit  # a small random ViT in Hugging Face layout
@@ -146,3 +148,62 @@ def test_module_and_launcher_argument(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "missing.yaml" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_overwrite_spares_what_is_not_a_run(values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = tmp_path / "run" / "data" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    (tmp_path / "run" / "config.yaml").write_text("a: project of another kind\n")
+    assert main(["train", write(tmp_path, values), "run.overwrite=true"]) == 2
+    assert "holds no run of ours" in capsys.readouterr().err
+    assert precious.read_text() == "mine"
+
+
+def test_overwrite_spares_its_own_inputs(values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, final = write(tmp_path, values), tmp_path / "run" / "final"
+    assert main(["train", file]) == 0
+    capsys.readouterr()
+    assert main(["train", file, "run.overwrite=true", f"model.path={final}"]) == 2
+    assert str(final) in capsys.readouterr().err
+    assert (final / "model.safetensors").is_file()
+
+
+def test_evaluation_before_training(values: dict, tmp_path: Path) -> None:
+    """The zero-shot table leaves the folder free; overrides may follow an option."""
+    file = write(tmp_path, values)
+    assert main(["evaluate", file, "--weights", values["model"]["path"], "evaluation.batch_samples=50"]) == 0
+    assert main(["train", file]) == 0
+    assert (tmp_path / "run" / "evaluation" / "results.md").is_file()
+
+
+def test_error_of_one_rank_is_told_by_that_rank(values: dict, tmp_path: Path) -> None:
+    """A sample that only rank 1 reads is broken: its own line names it, and rank 0 reports a failed peer."""
+    from digrap_scale.data.shards import write_shards
+
+    meta = {"label": next(iter(json.loads((ASSETS / "classes.json").read_text())))}
+    samples = [{"key": f"{i:03d}", "image": _webp(), "extension": "webp", "meta": meta} for i in range(40)]
+    samples[36]["image"] = b"not an image"
+    write_shards(samples, tmp_path / "shards", prefix="train", samples_per_shard=40)
+    values["data"].update(train=[str(tmp_path / "shards" / "train-*.tar")], shuffle_buffer_samples=0)
+    values["training"].update(steps=10)
+    values["evaluation"]["suite"] = []
+    file = write(tmp_path, values)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*command, "digrap_scale", "train", file, "sharding.backend=ddp"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "sample 036" in done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["exit_code"] in (2, 5, 143), status
+
+
+def _webp() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, format="WEBP")
+    return buffer.getvalue()

@@ -66,7 +66,7 @@ class DiGraP(Method):
         inner_L, sq_L = stats_LK[:, S.GRAD_DISPLACEMENT], stats_LK[:, S.DISPLACEMENT_SQ]
         self.coefficient_L = torch.where(sq_L > 0, inner_L / sq_L, torch.zeros_like(inner_L))
         self.displacement_sq_L = sq_L.clone()
-        self.conflict_L = (inner_L < 0) & self.projected_L
+        self.conflict_L = (inner_L < 0) & (sq_L > 0) & self.projected_L
         self.lr_L = lr_L.clone()
 
     def _hypergradient(self, stats_LK: torch.Tensor) -> torch.Tensor:

@@ -190,8 +190,10 @@ def _gradient_rows_adam(
     second: torch.Tensor,
     factors: torch.Tensor,
 ) -> torch.Tensor:
+    # One division an element: it is what bounds this kernel, not memory.
+    inverse = 1.0 / factors[0]
     denominator = second.sqrt() * factors[2] + factors[3]
-    previous = (weight + factors[1] * first / denominator) / factors[0]
+    previous = weight * inverse + (factors[1] * inverse) * (first / denominator)
     return _gradient_rows(grad, weight, reference, previous)
 
 

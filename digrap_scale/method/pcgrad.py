@@ -24,7 +24,7 @@ class PCGrad(Method):
 
     def update(self, stats_LK: torch.Tensor, lr_L: torch.Tensor) -> None:
         inner_L, sq_L = stats_LK[:, S.GRAD_DISPLACEMENT], stats_LK[:, S.DISPLACEMENT_SQ]
-        self.conflict_L = (inner_L < 0) & self.projected_L
+        self.conflict_L = (inner_L < 0) & (sq_L > 0) & self.projected_L
         self.coefficient_L = torch.where(self.conflict_L, inner_L / sq_L, torch.zeros_like(inner_L))
 
     def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:

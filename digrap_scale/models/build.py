@@ -83,6 +83,10 @@ def build_model(config: Config, num_classes: int | None) -> BuiltModel:
             wrapped = add_lora(model, settings.lora)
             new = {name for name, _ in wrapped.named_parameters() if original_name(name) in new}
     report += apply_freezing(wrapped, settings)
+    idle = sorted(name for name, parameter in wrapped.named_parameters() if name in new and not parameter.requires_grad)
+    if idle:
+        remedy = "add its module to model.lora.modules_to_save" if settings.lora is not None else "do not freeze it"
+        raise ConfigError(f"model.new_head: {idle[0]} starts new but does not train; {remedy}")
     if settings.batch_norm == "frozen":
         layers = freeze_batch_norm(wrapped)
         if layers:
@@ -228,6 +232,15 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
     problems = []
     if folder == Path(settings.path) and not any(folder.glob("*.safetensors")):
         problems.append(f"model.path: {settings.path} has no safetensors weights")
+    low_precision = "bfloat16" in (settings.dtype, config.sharding.mixed_precision)
+    if low_precision and config.sharding.backend in ("fsdp2", "zero3"):
+        # Exactly torch's layers: their statistics stay float32. Our own towers compute BatchNorm in float32 themselves.
+        layers = [n for n, m in model.named_modules() if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
+        if layers:
+            problems.append(
+                f"sharding.mixed_precision, model.dtype: bfloat16 does not work with BatchNorm ({layers[0]} and "
+                f"{len(layers) - 1} more) under {config.sharding.backend}; use float32, or sharding.backend: ddp"
+            )
     if settings.task == "contrastive" and load_tokenizer(folder, settings) is None:
         problems.append(f"model.path: {settings.path} has no tokenizer, and model.task: contrastive needs one")
     wrapped: nn.Module = model

@@ -178,12 +178,23 @@ class Backend:
         return copy
 
 
+def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum over ``group``, in place; a CPU tensor (offloaded shards) goes by the accelerator where the group has no other way."""
+    if tensor.device.type == "cpu" and "cpu:" not in dist.get_backend_config(group):
+        accelerator = torch.accelerator.current_accelerator()
+        moved = tensor.to(accelerator)
+        dist.all_reduce(moved, group=group)
+        tensor.copy_(moved)
+    else:
+        dist.all_reduce(tensor, group=group)
+
+
 def gather_intervals(spec: ShardSpec, local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Put flat intervals of ``spec`` together: every rank of ``group`` writes its own into zeros, and all are summed."""
     full = torch.zeros(math.prod(spec.shape), dtype=local.dtype, device=local.device)
     full[spec.start : spec.stop] = local
     if not spec.replicated:
-        dist.all_reduce(full, group=group)
+        all_reduce_(full, group)
     return full.view(spec.shape)
 
 

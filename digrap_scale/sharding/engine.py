@@ -24,7 +24,10 @@ class Engine:
         optimizer: holds the parameter groups whose learning rates the schedule sets.
         device: where batches go.
         accumulation_steps: micro-batches of one optimizer step.
+        skips_steps: whether it may skip a step (overflow) without calling the optimizer.
     """
+
+    skips_steps = False
 
     def __init__(
         self, model: nn.Module, make_optimizer: MakeOptimizer, config: Config, device: torch.device, world_size: int

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend, gather_intervals
+from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.types import ShardSpec
 
@@ -91,7 +91,7 @@ class FSDP2Backend(Backend):
             for layer, spec in enumerate(self.specs):
                 if spec.replicated:
                     stats_LK[layer] = 0
-        dist.all_reduce(stats_LK, group=self._group)
+        all_reduce_(stats_LK, self._group)
 
 
 class FSDP2Engine(Engine):
@@ -162,8 +162,8 @@ def blocks_to_wrap(model: nn.Module, class_names: list[str]) -> list[nn.Module]:
     wanted = set(class_names) or {
         name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])
     }
-    # Embedding and tower classes may be listed too; wrapping a module inside a wrapped one is what FSDP2 expects.
-    blocks = [module for module in model.modules() if type(module).__name__ in wanted and module is not model]
+    # Innermost first: fully_shard leaves to an outer module what an inner one has not taken.
+    blocks = [module for module in model.modules() if type(module).__name__ in wanted and module is not model][::-1]
     present = sorted({type(module).__name__ for module in model.modules()})
     missing = sorted(set(class_names) - set(present))
     if missing:

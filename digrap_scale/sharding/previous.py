@@ -15,8 +15,8 @@ from digrap_scale.errors import CheckpointError
 from digrap_scale.sharding.base import Backend
 from digrap_scale.types import AdamMoments, ShardView
 
-# Of each layer's last step, in this order; rate 0 stands for "no step yet".
-_SETTINGS = ("lr", "weight_decay", "beta1", "beta2", "eps")
+# Of each layer's last step, in this order; `seen` is 0 before the first.
+_SETTINGS = ("seen", "lr", "weight_decay", "beta1", "beta2", "eps")
 
 
 class KeptWeights:
@@ -92,7 +92,7 @@ class RecomputedWeights:
     def fill(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
         """Give every view that has been stepped its ``moments``; one that never was gets nothing (⟨g, d_{t-1}⟩ = 0)."""
         wanted = [
-            i for i, layer in enumerate(layers) if self._wanted_L[layer] and float(self._settings_LS[layer, 3]) > 0
+            i for i, layer in enumerate(layers) if self._wanted_L[layer] and float(self._settings_LS[layer, 0]) > 0
         ]
         found = self._backend.adam_moments([layers[i] for i in wanted])
         present = [(i, state) for i, state in zip(wanted, found, strict=True) if state is not None]
@@ -101,7 +101,7 @@ class RecomputedWeights:
         # One transfer for all step counts: fused optimizers keep them on the device.
         counts = torch.stack([state[2].reshape(()).to(torch.float64) for _, state in present]).tolist()
         for (i, (first, second, _)), count in zip(present, counts, strict=True):
-            lr, decay, beta1, beta2, eps = self._settings_LS[layers[i]].tolist()
+            _, lr, decay, beta1, beta2, eps = self._settings_LS[layers[i]].tolist()
             if lr == 0 or count == 0:  # not moved: θ_{t-2} = θ_{t-1}
                 factors = (1.0, 0.0, 1.0, eps)
             else:
@@ -115,7 +115,7 @@ class RecomputedWeights:
             decay = group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
             # A layer without a gradient is not stepped: θ_{t-2} = θ_{t-1}, as a step with rate 0 gives.
             lr, decay = (view.lr, decay) if view.grad is not None else (0.0, 0.0)
-            values = [lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]]
+            values = [1.0, lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]]
             self._settings_LS[layer] = torch.tensor(values, dtype=torch.float64)
 
     def held_tensors(self) -> list[torch.Tensor]:
@@ -123,7 +123,7 @@ class RecomputedWeights:
         return []
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """By parameter name: the settings of the layer's last step, [5] float64."""
+        """By parameter name: the settings of the layer's last step, [6] float64."""
         names = [spec.name for spec in self._backend.specs]
         return {"previous": {}, "last_step": dict(zip(names, self._settings_LS.clone().unbind(), strict=True))}
 

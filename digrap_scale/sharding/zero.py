@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend, gather_intervals, nonfinite_names, unwrapped_name
+from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals, nonfinite_names, unwrapped_name
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.types import ShardSpec, ShardView
 
@@ -143,7 +143,7 @@ class Zero3Backend(Backend):
         return gather_intervals(self.specs[layer], local, self._group)
 
     def reduce_(self, stats_LK: torch.Tensor) -> None:
-        dist.all_reduce(stats_LK, group=self._group)
+        all_reduce_(stats_LK, self._group)
 
     def drop_gradients(self) -> None:
         flat = self._zero.fp32_partitioned_groups_flat[self._active_sub_group()]
@@ -171,7 +171,7 @@ class Zero3Backend(Backend):
         )
         flags = torch.tensor([spec.name in local for spec in self.specs], dtype=torch.int32)
         flags = flags.to(self._zero.fp32_partitioned_groups_flat[0].device)
-        dist.all_reduce(flags, group=self._group)
+        all_reduce_(flags, self._group)
         return [spec.name for spec, flag in zip(self.specs, flags.tolist(), strict=True) if flag]
 
 
@@ -184,6 +184,8 @@ class Zero3Engine(Engine):
         ConfigError: DeepSpeed is not installed.
     """
 
+    skips_steps = True
+
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         try:
             import deepspeed
@@ -195,6 +197,11 @@ class Zero3Engine(Engine):
         self._low_precision = self.config.sharding.mixed_precision == "bfloat16"
         # The engine casts buffers with the weights; BatchNorm's statistics are kept as they were.
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        # So it does with the weights, before it makes its float32 masters of them: both keep what the checkpoint says.
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if self._low_precision else {}
+        self._frozen = {
+            name: exact[name] for name, p in model.named_parameters() if name in exact and not p.requires_grad
+        }
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         # DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is
         # 1-d until it is partitioned, and gathered in its own shape from then on.
@@ -207,6 +214,10 @@ class Zero3Engine(Engine):
         for parameter in scalars:
             parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
         self.optimizer = self.model.optimizer.optimizer
+        if exact:
+            backend = Zero3Backend(self.model)
+            for spec, master in zip(backend.specs, backend.weights(), strict=True):
+                master.copy_(exact[spec.name].reshape(-1)[spec.start : spec.stop])
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config that this run's config amounts to."""
@@ -255,6 +266,8 @@ class Zero3Engine(Engine):
         for name, parameter in self.model.module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 value = safe_get_full_fp32_param(parameter)
+            elif name in self._frozen:
+                value = self._frozen[name]
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     value = parameter.detach().clone()

@@ -41,7 +41,7 @@ def train_steps(
         loss = accumulate(engine, task, stream)
         seen = projector.report.step
         engine.step()
-        if projector.report.step == seen:
+        if engine.skips_steps and projector.report.step == seen:
             projector.note_engine_skip()
         report = projector.report
         log.advance(step, samples=config.training.global_batch_samples, skipped=report.skipped)
@@ -49,10 +49,12 @@ def train_steps(
             skipped_in_a_row += 1
             log.message(_skip_line(step, report.nonfinite_layers))
             if skipped_in_a_row >= config.training.max_skipped_steps:
-                raise NonFiniteError(
+                error = NonFiniteError(
                     f"step {step}: {skipped_in_a_row} steps in a row had a gradient that is not finite, the last in "
                     f"{report.nonfinite_layers[0]}; lower optimizer.learning_rate or set training.max_grad_norm"
                 )
+                error.agreed = True
+                raise error
         else:
             skipped_in_a_row = 0
         if log.due(step):

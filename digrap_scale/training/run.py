@@ -30,9 +30,9 @@ from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.projector import Projector, attach
 from digrap_scale.sharding.build import build_engine
 from digrap_scale.sharding.engine import Engine
-from digrap_scale.training.log import STATUS_FILE, RunLog
+from digrap_scale.training.log import RunLog, read_status
 from digrap_scale.training.loop import prepared, train_steps
-from digrap_scale.training.setup import Place, place, seed_everything
+from digrap_scale.training.setup import Place, peer_errors, place, seed_everything
 from digrap_scale.training.validate import find_problems
 from digrap_scale.types import Batch
 
@@ -49,17 +49,21 @@ def train(config: Config) -> None:
 
 def _train(config: Config, here: Place) -> None:
     folder = Path(config.run.folder)
-    here.agree(_prepare(folder, config) if here.rank == 0 else [])
+    here.on_rank_0(lambda: _prepare(folder, config))
     shards = ShardSet.open(config.data.train)
+    here.same("data.train: samples of the shards", shards.counts)
     total_steps = count_steps(config, shards.samples)
-    with RunLog(
-        folder,
-        rank=here.rank,
-        total_steps=total_steps,
-        tensorboard=config.logging.tensorboard,
-        every_steps=config.logging.every_steps,
-        strength_every_steps=config.logging.strength_every_steps,
-    ) as log:
+    with (
+        RunLog(
+            folder,
+            rank=here.rank,
+            total_steps=total_steps,
+            tensorboard=config.logging.tensorboard,
+            every_steps=config.logging.every_steps,
+            strength_every_steps=config.logging.strength_every_steps,
+        ) as log,
+        peer_errors(),
+    ):
         run = _build(config, here)
         groups = build_groups(run.engine.module, config.optimizer)
         for line in run.built.report + describe_groups(groups):
@@ -84,8 +88,7 @@ def _train(config: Config, here: Place) -> None:
             log.message(f"weights: {folder / 'final'}")
         if config.evaluation.at_end and config.evaluation.suite:
             result = _evaluate(run, config, here)
-            if here.rank == 0:
-                _report(config, folder, result)
+            here.on_rank_0(lambda: _report(config, folder, result))
 
 
 def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -> SuiteResult:
@@ -102,6 +105,7 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
     if weights is not None and adapter is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
     with place(config) as here:
+        here.on_rank_0(lambda: _refuse(find_problems(config)))
         result = _evaluate(_build(config, here, adapter), config, here)
         if here.rank == 0:
             rows = [ReportRow(weights or config.model.path, result)]
@@ -161,7 +165,7 @@ def _attach(run: _Run, config: Config) -> Projector:
     reference: str | Path | None = run.built.checkpoint_folder if source == "pretrained" else source
     if config.model.lora is not None and source == "pretrained" and not config.model.lora.modules_to_save:
         reference = None  # adapters only: their reference is zero, the base's is not needed
-    new = run.built.new_parameters if method.uses_reference else set()
+    new = run.built.new_parameters if method.uses_reference else set()  # all of them train: build_model sees to it
     return attach(
         model,
         optimizer,
@@ -225,13 +229,15 @@ def _report(config: Config, folder: Path, result: SuiteResult) -> None:
 def save_final(run: _Run, folder: Path, here: Place) -> None:
     """Write the model to ``folder`` in Hugging Face layout: safetensors, config, processor, tokenizer. Collective."""
     state = run.engine.full_state_dict()
-    if here.rank == 0:
+
+    def write() -> None:
         with atomic_folder(folder, overwrite=True) as partial:
             _save_model(run, partial, state)
             for part in (run.built.processor, run.built.tokenizer):
                 if part is not None:
                     part.save_pretrained(partial)
-    here.agree([])  # nobody goes on, or leaves, before the files are there
+
+    here.on_rank_0(write)  # nobody goes on, or leaves, before the files are there
 
 
 def _save_model(run: _Run, folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -245,23 +251,46 @@ def _save_model(run: _Run, folder: Path, state: dict[str, torch.Tensor]) -> None
     twin.save_pretrained(folder, state_dict=state)
 
 
-def _prepare(folder: Path, config: Config) -> list[str]:
-    """Rank 0's part before anything is built: find every problem, then make the run's folder. Returns the problems."""
-    problems = find_problems(config)
-    if folder.exists() and not folder.is_dir():
-        problems.append(f"run.folder: {folder} is a file; expected a folder or nothing there")
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not config.run.overwrite:
-            problems.append(f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder")
-        elif not (folder / STATUS_FILE).is_file() and not (folder / "config.yaml").is_file():
-            problems.append(f"run.folder: {folder} is not empty and holds no run of ours; choose another folder")
+def _refuse(problems: list[str]) -> None:
     if problems:
-        return problems
+        raise ConfigError(problems)
+
+
+def _prepare(folder: Path, config: Config) -> None:
+    """Rank 0's part before anything is built: find every problem, then make the run's folder.
+
+    Raises:
+        ConfigError: all problems, at once.
+    """
+    problems = find_problems(config)
     try:
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        return [f"run.folder: {folder} cannot be made ({error.strerror})"]
+        # The table of an earlier `evaluate` may be there already.
+        earlier = folder.is_dir() and any(entry.name != "evaluation" for entry in folder.iterdir())
+        if folder.exists() and not folder.is_dir():
+            problems.append(f"run.folder: {folder} is a file; expected a folder or nothing there")
+        elif earlier and not config.run.overwrite:
+            problems.append(f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder")
+        elif earlier and (read_status(folder) or {}).get("total_steps") is None:
+            problems.append(f"run.folder: {folder} is not empty and holds no run of ours; choose another folder")
+        elif earlier:
+            problems += _inputs_inside(folder, config)
+        _refuse(problems)
+        if earlier:
+            shutil.rmtree(folder.resolve())
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run.folder: {folder} cannot be made ready ({error})") from error
     write_file(folder / "config.yaml", dump_config(config))
-    return []
+
+
+def _inputs_inside(folder: Path, config: Config) -> list[str]:
+    """What the run reads from the folder that it is about to replace."""
+    sets = [config.data.train, *(entry.shards for entry in config.evaluation.suite)]
+    inputs = [
+        config.model.path,
+        config.reference.source,
+        config.data.classes or "",
+        *(name for one in sets for name in one),
+    ]
+    inside = [name for name in inputs if Path(name).resolve().is_relative_to(folder.resolve())]
+    return [f"run.overwrite: {folder} would be replaced, but the run reads {name} from it" for name in inside]

@@ -6,18 +6,21 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from digrap_scale import errors
 from digrap_scale.config.schema import Config
 from digrap_scale.errors import ConfigError, DigrapError, PeerError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,43 @@ class Place:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
-    def agree(self, problems: list[str]) -> None:
-        """Rank 0's verdict for all: raise its ConfigError everywhere, so that nobody waits for a rank that is gone.
+    def on_rank_0(self, action: Callable[[], Result]) -> Result | None:
+        """Do something on rank 0 while the others wait; its error is raised on every rank, so that nobody waits in vain.
 
-        The other ranks' ``problems`` are not looked at. Collective.
+        Returns what ``action`` returned on rank 0, None elsewhere. Collective.
         """
-        verdict: list[Any] = [problems]
+        result: Result | None = None
+        failure: list[Any] = [None]
+        cause: Exception | None = None
+        if self.rank == 0:
+            try:
+                result = action()
+            except DigrapError as error:
+                failure, cause = [(type(error).__name__, str(error).splitlines())], error
+            except OSError as error:
+                failure, cause = [("SaveError", [str(error)])], error
         if self.world_size > 1:
-            dist.broadcast_object_list(verdict, src=0)
-        if verdict[0]:
-            raise ConfigError(verdict[0])
+            dist.broadcast_object_list(failure, src=0)
+        if failure[0] is None:
+            return result
+        kind, lines = failure[0]
+        raised: DigrapError = getattr(errors, kind)("\n".join(lines) if kind != "ConfigError" else lines)
+        raised.agreed = True
+        raise raised from cause
+
+    def same(self, what: str, value: object) -> None:
+        """Raise ConfigError on every rank if ``value`` is not the same on all of them. Collective."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                error = ConfigError(
+                    f"{what}: rank 0 finds {values[0]}, rank {rank} finds {other}; they must see the same files"
+                )
+                error.agreed = True
+                raise error
 
 
 def launched_rank() -> int:
@@ -58,7 +88,7 @@ def launched_rank() -> int:
 
 @contextmanager
 def place(config: Config) -> Iterator[Place]:
-    """Join the job that the launcher (torchrun, deepspeed, SLURM's environment) started; leave it at the end.
+    """Join the job that the launcher (torchrun, deepspeed) started; leave it at the end.
 
     Raises:
         ConfigError: several processes for ``sharding.backend: single``.
@@ -84,20 +114,25 @@ def place(config: Config) -> Iterator[Place]:
     else:
         dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
     try:
-        yield Place(rank, world_size, device)
-    except DigrapError:
-        raise
-    except RuntimeError as error:  # torch raises plain RuntimeErrors for gloo, DistBackendError (a subclass) for NCCL
-        if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
-            line = str(error).strip().splitlines()[0]
-            raise PeerError(f"rank {rank}: another process failed or hangs: {line}") from error
-        raise
+        with peer_errors():
+            yield Place(rank, world_size, device)
     finally:
         # A gloo worker thread that still lets go of tensors while the interpreter shuts down aborts the process. With the
         # wrapped model gone (its caller's frame has ended), nothing keeps the groups, and destroying them joins the threads.
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Turn the RuntimeErrors of a collective that another process left into PeerError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises plain ones; NCCL DistBackendError, a subclass
+        if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
+            raise PeerError(f"another process failed or hangs: {str(error).strip().splitlines()[0]}") from error
+        raise
 
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from digrap_scale.config import Config
 from digrap_scale.data.check import check_data
 from digrap_scale.data.classes import load_classes
-from digrap_scale.errors import ConfigError
+from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.build import check_model, describe_model
+from digrap_scale.reference.store import SafetensorsReader
 
 
 def validate(config: Config) -> list[str]:
@@ -29,7 +30,20 @@ def find_problems(config: Config) -> list[str]:
         num_classes = _num_classes(config)
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
-    return problems + check_model(config, num_classes)
+    if config.evaluation.suite and config.data.classes is None:
+        problems.append("data.classes: expected a file, found none; evaluation.suite tells classes apart")
+    return problems + check_model(config, num_classes) + _check_reference(config)
+
+
+def _check_reference(config: Config) -> list[str]:
+    """Whether a reference that is a path can be opened (its fit is checked when the model is there)."""
+    if config.reference.source in ("pretrained", "initial", "zero"):
+        return []
+    try:
+        SafetensorsReader(config.reference.source)
+    except CheckpointError as error:
+        return [f"reference.source: {error}"]
+    return []
 
 
 def _num_classes(config: Config) -> int | None:
