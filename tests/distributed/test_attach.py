@@ -524,3 +524,19 @@ def test_an_instance_starts_anew_when_attached_again() -> None:
     first, _ = run(method=method)
     second, _ = run(method=method)
     assert same(first, second)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.0), (0.0, 0.999)])
+def test_recomputed_equals_stored(betas: tuple[float, float]) -> None:
+    """d_{t-1} from Adam's moments, for β = 0 too."""
+    strengths = []
+    for previous in ("stored", "recomputed"):
+        model = make_toy()
+        optimizer = adamw(model, betas=betas, weight_decay=0.01)
+        projector = digrap_scale.attach(
+            model, optimizer, reference=make_theta0(model), strength_lr=0.05, previous=previous
+        )
+        train(model, optimizer)
+        strengths.append(projector.strength())
+    assert strengths[0] == pytest.approx(strengths[1], abs=1e-5)
+    assert max(strengths[0].values()) > 0.02

@@ -293,3 +293,16 @@ def test_states_are_copies() -> None:
         state = method.state()
         step(method, views_of(9))
         assert all(torch.equal(torch.as_tensor(state[key]), value) for key, value in kept.items()), method.name
+
+
+@pytest.mark.parametrize("method", [PCGrad(), DiGraP()])
+def test_a_displacement_too_small_to_square(method: Method) -> None:
+    """‖d‖² underflows to 0: no direction to project on, and nothing to divide by."""
+    spec = ShardSpec("l", (2,), 0, 2)
+    view = ShardView(spec, torch.full((2,), 1e-25), torch.full((2,), -1e-3), projected=True)
+    method.prepare(torch.tensor([True]))
+    stats_LK = method.statistics([view])
+    assert stats_LK[0, S.GRAD_DISPLACEMENT] < 0 and stats_LK[0, S.DISPLACEMENT_SQ] == 0
+    method.update(stats_LK, torch.tensor([0.1], dtype=torch.float64))
+    method.apply_([view], [0], 1.0)
+    assert torch.equal(view.grad, torch.full((2,), -1e-3)) and not method.conflict().any()
