@@ -28,10 +28,10 @@ from digrap_scale.method import DiGraP, DiGraPUpdate, Method
 WIDTH = 1024
 
 
-def make_model(millions: float) -> nn.Module:
+def make_model(millions: float) -> nn.Sequential:
     """Transformer-shaped parameters: 12·width² a block in four matrices, and small norms and biases between."""
     blocks = max(1, round(millions * 1e6 / (12 * WIDTH * WIDTH)))
-    return nn.ModuleList([_block() for _ in range(blocks)])
+    return nn.Sequential(*(_block() for _ in range(blocks)))
 
 
 def _block() -> nn.Module:
