@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +44,12 @@ def _worker(
         (Path(folder) / f"rank{rank}.error").write_text(traceback.format_exc())
         raise
     finally:
+        # As in training.setup: with nothing left that holds the groups, destroying them joins gloo's threads. A thread
+        # that is still at work while the interpreter shuts down aborts the process.
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
+        time.sleep(0.2)  # for groups that DeepSpeed keeps
 
 
 def run_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import digrap_scale
+from digrap_scale.sharding.previous import KeptWeights, RecomputedWeights
 from tests.distributed.toy import Toy, make_batches, make_theta0, make_toy
 
 STEPS, GLOBAL_BATCH = 30, 12
@@ -148,7 +149,10 @@ def snapshot(projector: digrap_scale.Projector) -> dict[str, torch.Tensor]:
         for number, state in enumerate(optimizer.state.values()):
             found |= {f"{key} {number}": backend.local(value) for key, value in state.items()}
     found |= {f"method {key}": torch.as_tensor(value) for key, value in projector.method.state().items()}
-    found |= {f"previous {i}": kept for i, kept in enumerate(projector._previous_L) if kept is not None}
+    if isinstance(projector._previous, KeptWeights):
+        found |= {f"previous {i}": kept for i, kept in enumerate(projector._previous.held_tensors())}
+    elif isinstance(projector._previous, RecomputedWeights):
+        found["last step"] = projector._previous._settings_LS
     return {key: tensor.detach().clone() for key, tensor in found.items()}
 
 
