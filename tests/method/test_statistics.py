@@ -14,7 +14,7 @@ from digrap_scale.method import kernels as K
 from digrap_scale.method import statistics as S
 from digrap_scale.method.base import add_displacement_, scale_gradients_
 from digrap_scale.method.kernels import CompiledKernels, Kernels, choose_kernels
-from digrap_scale.types import ShardSpec, ShardView
+from digrap_scale.types import AdamMoments, ShardSpec, ShardView
 
 # Sums of float32 products, in blocks or segments of a few hundred thousand: relative to Σ|a·b|.
 RELATIVE = 2e-5
@@ -251,3 +251,21 @@ def test_scaling_gradients() -> None:
     assert torch.equal(views[0].grad, before)
     scale_gradients_(views, 0.25)
     assert torch.equal(views[0].grad, before * 0.25) and views[1].grad is None
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager_from_moments() -> None:
+    """d_{t-1} from Adam's moments: whole rows and a rest, with and without a reference, against float64."""
+    generator = torch.Generator().manual_seed(3)
+    size = 2 * 65536 + 17
+    grad, weight, first = (torch.randn(size, generator=generator) for _ in range(3))
+    second = torch.rand(size, generator=generator)
+    moments = AdamMoments(first, second, (0.999, 1e-2, 1.3, 1e-8))
+    before = (weight.double() + 1e-2 * first.double() / (second.double().sqrt() * 1.3 + 1e-8)) / 0.999
+    for reference in (None, (weight + 0.1).bfloat16()):
+        d = before if reference is None else before - reference.double()
+        want = float((grad.double() * d).sum())
+        scale = float((grad.double() * d).abs().sum())
+        for kernels in (EAGER, CompiledKernels()):
+            sums = kernels.gradient_products(grad, weight, reference, None, True, moments)
+            assert abs(float(sums[S.GRAD_PREVIOUS]) - want) < 1e-6 * scale, kernels.name
