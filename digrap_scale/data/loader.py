@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class _Batches(IterableDataset[Batch | _Failure]):
 
     def _collate(self, samples: list[dict[str, Any]], epoch: int) -> Batch:
         for sample in samples:
-            name = f"{self.place.seed}/{epoch}/{sample['shard']}/{sample['key']}"
+            # The file's name without its folder: the same data elsewhere gives the same crops.
+            name = f"{self.place.seed}/{epoch}/{Path(sample['shard']).name}/{sample['key']}"
             sample["seed"] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
         return self.task.collate(samples)
 

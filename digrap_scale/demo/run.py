@@ -63,7 +63,7 @@ def demo(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: int 
         f"trained on {settings.SOURCE} only; concepts of the test sets are in no training set of any style",
         f"all runs: AdamW, learning rate {settings.LEARNING_RATE:g}, {steps} steps of {settings.BATCH} samples, seed 0, "
         f"{processes} processes ({backend}); strength_lr {settings.STRENGTH_LR:g}",
-        "one seed: a change of rounding alone moves a run by several points, more than the ±, which is the test set's; "
+        "one seed: other random crops move a run by several points, more than the ±, which is the test set's; "
         "nothing was selected on a validation set",
         "emojione-monotone is a line style, like the source: fine-tuning helps there; the others are what it forgets",
     ]
