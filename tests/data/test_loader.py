@@ -111,3 +111,12 @@ def test_a_broken_sample_ends_the_loader_with_one_line(tmp_path: Path, workers: 
         list(loader(ShardSet.open([f"{tmp_path}/x.tar"]), False, world_size=1, workers=workers))
     assert len(str(error.value).splitlines()) == 1
     assert "x.tar: sample k4: the image cannot be decoded" in str(error.value)
+
+
+def test_crops_do_not_depend_on_the_folder(shards: ShardSet, tmp_path: Path) -> None:
+    """The same shards copied elsewhere: the same samples, with the same augmentation seeds."""
+    for path in shards.paths:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy = ShardSet.open([f"{tmp_path}/p-*.tar"])
+    here, there = ([batch.inputs["seeds"].tolist() for batch in islice(loader(one, True), 5)] for one in (shards, copy))
+    assert here == there
