@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -47,6 +47,43 @@ class AdamMoments:
     second: torch.Tensor
     factors: tuple[float, float, float, float]
 
+    def part(self, part: slice) -> AdamMoments:
+        """The same of some of the elements."""
+        return AdamMoments(self.first[part], self.second[part], self.factors)
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """The settings of one parameter group; equal ones are stepped together.
+
+    Attributes:
+        lr, beta1, beta2, eps, weight_decay: as in torch.
+        decoupled: AdamW's decay, θ ← θ − lr·λ·θ; otherwise Adam's, g ← g + λ·θ.
+        fused: take torch's fused kernel for small layers (the optimizer's own choice), otherwise foreach.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    fused: bool
+
+
+@dataclass
+class AdamState:
+    """One layer's state: the moments m and v ([N], changed in place), and which step this is (1 = the first)."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    count: int
+    settings: AdamSettings
+
+    def part(self, part: slice) -> AdamState:
+        """The same of some of the elements."""
+        return AdamState(self.first[part], self.second[part], self.count, self.settings)
+
 
 @dataclass
 class ShardView:
@@ -74,6 +111,16 @@ class ShardView:
     previous: torch.Tensor | None = None
     moments: AdamMoments | None = None
     lr: float = 0.0
+
+    def part(self, part: slice) -> ShardView:
+        """The same of some of this rank's elements (``reference`` is left as it is: it may come in parts already)."""
+        return replace(
+            self,
+            weight=self.weight[part],
+            grad=None if self.grad is None else self.grad[part],
+            previous=None if self.previous is None else self.previous[part],
+            moments=None if self.moments is None else self.moments.part(part),
+        )
 
 
 @dataclass

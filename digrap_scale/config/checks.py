@@ -81,6 +81,36 @@ def _optimizer(name: str, momentum: float, betas: Sequence[float], eps: float) -
                 yield ("optimizer", key), f"expected no value with optimizer.name `sgd`, found {value}; it is Adam's"
 
 
+def _statistics(statistics: str, backend: str, placement: str) -> Iterable[Problem]:
+    if statistics == "backward" and backend not in ("single", "fsdp2"):
+        yield (
+            ("training", "statistics"),
+            f"expected `step` with sharding.backend `{backend}`, found `backward`; it does not tell when a gradient is "
+            "reduced",
+        )
+    if statistics == "backward" and placement == "stream":
+        yield (
+            ("training", "statistics"),
+            "expected `step` with reference.placement `stream`, found `backward`; it needs the reference in memory",
+        )
+
+
+def _streamed(placement: str, source: str) -> Iterable[Problem]:
+    if placement == "stream" and source == "initial":
+        yield (
+            ("reference", "placement"),
+            "expected `device` or `cpu` with reference.source `initial`, found `stream`; that reference has no file",
+        )
+
+
+def _projection(projection: str, name: str) -> Iterable[Problem]:
+    if projection == "fused" and name not in ("adamw", "adam"):
+        yield (
+            ("training", "projection"),
+            f"expected `separate` or `auto` with optimizer.name `{name}`, found `fused`; it is Adam's pass",
+        )
+
+
 def _suite_names(suite: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
     first: dict[str, int] = {}
     for index, entry in enumerate(suite):
@@ -114,6 +144,9 @@ CHECKS = (
     Check(("data.target", "model.task", "data.classes"), _target),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),
+    Check(("training.statistics", "sharding.backend", "reference.placement"), _statistics),
+    Check(("reference.placement", "reference.source"), _streamed),
+    Check(("training.projection", "optimizer.name"), _projection),
     Check(("evaluation.suite",), _suite_names),
 )
 

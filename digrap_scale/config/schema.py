@@ -185,7 +185,16 @@ class ReferenceConfig(Section):
             "`zero`, or a safetensors file, index or folder."
         ),
     )
-    placement: Literal["device", "cpu"] = Field(default="device", description="Where a rank's slices are kept.")
+    placement: Literal["device", "cpu", "stream"] = Field(
+        default="device",
+        description=(
+            "Where a rank's slices are kept: `device` (beside the weights), `cpu`, or `stream`: nowhere, they are read "
+            "from their file in each step."
+        ),
+    )
+    buffer_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        default=256 << 20, description="Host memory that a streamed reference is read through, per process."
+    )
     previous: Literal["auto", "stored", "recomputed"] = Field(
         default="auto",
         description=(
@@ -259,6 +268,20 @@ class TrainingConfig(Section):
     kernels: Literal["auto", "eager", "compile"] = Field(
         default="auto",
         description="How the method walks large layers; `auto`: compiled from 32 M elements a process on.",
+    )
+    projection: Literal["auto", "separate", "fused"] = Field(
+        default="auto",
+        description=(
+            "`separate`: before the optimizer's step; `fused`: in one pass with it (adamw, adam); `auto`: fused where it "
+            "can be and kernels are compiled."
+        ),
+    )
+    statistics: Literal["step", "backward"] = Field(
+        default="step",
+        description=(
+            "When large layers are measured: in the optimizer's `step`, or during `backward`, as soon as their gradient "
+            "is there (single, fsdp2)."
+        ),
     )
 
 

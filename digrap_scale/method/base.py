@@ -18,7 +18,7 @@ from digrap_scale.types import ShardView
 class Method:
     """A fine-tuning method, as the projector drives it; the base class itself is plain fine-tuning.
 
-    In the optimizer's pre hook: ``statistics`` → (reduced over ranks) → ``update`` → ``apply_``.
+    In the optimizer's pre hook: ``statistics`` → (reduced over ranks) → ``update`` → g̃ = clip · g + ``factors`` · d.
     In its post hook, where ``acts_on_update``: ``update_statistics`` → (reduced) → ``apply_update_``.
 
     Attributes:
@@ -49,9 +49,13 @@ class Method:
         """Take the reduced statistics of a finite step (CPU float64 [L, 4], of the clipped gradient) and the layers'
         learning rates ([L] float64)."""
 
+    def factors(self) -> torch.Tensor:
+        """[L] float64: what the step under way adds to each gradient, in units of its displacement d = θ − θ₀."""
+        return torch.zeros(len(self.projected_L), dtype=torch.float64)
+
     def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
-        """Change the gradients in place; ``views`` are the rows ``layers``. ``clip`` ≤ 1 scales every gradient."""
-        scale_gradients_(views, clip)
+        """g ← clip · g + factor · d in place; ``views`` are (parts of) the rows ``layers``."""
+        add_displacement_(views, self.factors()[list(layers)].tolist(), "grad", self.kernels, scale=clip)
 
     def update_statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
         """Local statistics [L, 2] float64 of the optimizer's update, for methods that act on it."""
@@ -74,14 +78,6 @@ class Method:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of ``state``."""
-
-
-def scale_gradients_(views: Sequence[ShardView], clip: float) -> None:
-    """g ← clip · g (torch's clipping; nothing to do for clip = 1)."""
-    if clip != 1.0:
-        for view in views:
-            if view.grad is not None:
-                view.grad.mul_(clip)
 
 
 def add_displacement_(

@@ -5,15 +5,13 @@ Shapes: L layers, K statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from digrap_scale.method import statistics as S
-from digrap_scale.method.base import Method, add_displacement_
+from digrap_scale.method.base import Method
 from digrap_scale.method.strength import Strength, normalize
-from digrap_scale.types import ShardView
 
 NORMALIZATIONS = ("layers", "cosine", "none")
 HYPERGRADIENTS = ("all", "conflicts")
@@ -83,10 +81,9 @@ class DiGraP(Method):
             return torch.where(size_L > 0, h_L / size_L, torch.zeros_like(h_L))
         return h_L
 
-    def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
+    def factors(self) -> torch.Tensor:
         strength_L = torch.where(self.conflict_L, self.strength().double(), torch.zeros_like(self.coefficient_L))
-        factor_L = -strength_L * self.coefficient_L
-        add_displacement_(views, factor_L[list(layers)].tolist(), "grad", self.kernels, scale=clip)
+        return -strength_L * self.coefficient_L
 
     def conflict(self) -> torch.Tensor:
         return self.conflict_L

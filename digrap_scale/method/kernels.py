@@ -1,4 +1,4 @@
-"""The two passes over memory that a step costs, for one large layer: inner products, and x ← s·x + f·(θ − θ₀).
+"""The passes over memory that a step costs, for one large layer: inner products, x ← s·x + f·(θ − θ₀), and Adam on it.
 
 Two versions with equal results (to float32 rounding): cache-blocked eager, which runs anywhere, and ``torch.compile``d,
 which reads every operand once. Shapes: N elements of a flat shard.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,27 @@ BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a block's operands stay in a core'
 ROW_ELEMENTS = 1 << 12  # compiled: float32 sums run over so many elements, float64 above them
 LARGE_ELEMENTS = 1 << 16  # smaller layers are packed together instead
 COMPILE_ELEMENTS = 1 << 25  # ``auto``: below this, a rank's step is too short to pay for compiling
+
+
+class AdamNumbers(NamedTuple):
+    """What one step of Adam on one layer is taken with.
+
+    g = scale · grad + factor · (θ − θ₀) + coupled · θ;  m ← m + keep1 · (g − m);  v ← v + keep2 · (g² − v);
+    θ ← θ − decay · θ − step_size · m / (√v · second_scale + eps).
+
+    keep1 = 1 − β₁, keep2 = 1 − β₂, step_size = lr / (1 − β₁^k), second_scale = 1 / √(1 − β₂^k) at the layer's k-th step;
+    ``coupled`` is Adam's weight decay λ (else 0), ``decay`` is AdamW's lr · λ (else 0).
+    """
+
+    scale: float
+    factor: float
+    coupled: float
+    keep1: float
+    keep2: float
+    step_size: float
+    second_scale: float
+    eps: float
+    decay: float
 
 
 def displacement(weight: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
@@ -95,6 +116,22 @@ class Kernels:
             if exact is not part:
                 part.copy_(exact)
 
+    def adam_(
+        self,
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        reference: torch.Tensor | None,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        numbers: AdamNumbers,
+    ) -> None:
+        """One step of Adam on ``weight``, its moments too, with the gradient scale · ``grad`` + factor · (θ − θ₀)."""
+        factors = torch.tensor(numbers, dtype=torch.float32, device=weight.device)
+        for start in range(0, weight.numel(), BLOCK_ELEMENTS):
+            part = slice(start, start + BLOCK_ELEMENTS)
+            here = _part(reference, part, weight.device)
+            _adam_rows_(grad[part], weight[part], here, first[part], second[part], factors)
+
 
 class CompiledKernels(Kernels):
     """``torch.compile``d: one read of every operand. What is left over of whole rows goes the eager way."""
@@ -106,6 +143,7 @@ class CompiledKernels(Kernels):
         self._gradient_adam: Callable[..., torch.Tensor] = torch.compile(_gradient_rows_adam, dynamic=True)
         self._update: Callable[..., torch.Tensor] = torch.compile(_update_rows, dynamic=True)
         self._add: Callable[..., Any] = torch.compile(_add_rows_, dynamic=True)
+        self._adam: Callable[..., Any] = torch.compile(_adam_rows_, dynamic=True)
 
     def gradient_products(
         self,
@@ -134,7 +172,7 @@ class CompiledKernels(Kernels):
                 moments.second[whole],
                 factors,
             )
-            left_moments = AdamMoments(moments.first[rest], moments.second[rest], moments.factors)
+            left_moments = moments.part(rest)
         left = super().gradient_products(
             grad[rest], weight[rest], _part(reference, rest, on), _part(previous, rest, on), projected, left_moments
         )
@@ -155,6 +193,18 @@ class CompiledKernels(Kernels):
         # As tensors, so that other values do not mean another compilation.
         factors = torch.tensor([factor, scale], dtype=torch.float32, device=on)
         self._add(target, theta, _part(reference, slice(None), on), factors)
+
+    def adam_(
+        self,
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        reference: torch.Tensor | None,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        numbers: AdamNumbers,
+    ) -> None:
+        factors = torch.tensor(numbers, dtype=torch.float32, device=weight.device)
+        self._adam(grad, weight, _part(reference, slice(None), weight.device), first, second, factors)
 
 
 def _split(numel: int) -> tuple[slice, slice]:
@@ -209,6 +259,26 @@ def _add_rows_(
 ) -> None:
     d = theta.float() if reference is None else theta.float() - reference.float()
     target.copy_(target.float() * factors[1] + d * factors[0])
+
+
+def _adam_rows_(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    reference: torch.Tensor | None,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    factors: torch.Tensor,
+) -> None:
+    """torch's AdamW (Adam where the decay is coupled), on the projected gradient, in one pass: see ``AdamNumbers``."""
+    scale, factor, coupled, keep1, keep2, step_size, second_scale, eps, decay = factors.unbind()
+    d = weight if reference is None else weight - reference.float()
+    g = grad.float() * scale + d * factor + weight * coupled
+    m = first + (g - first) * keep1
+    v = second + (g * g - second) * keep2
+    # θ − lr·λ·θ, not (1 − lr·λ)·θ: in float32 a small lr·λ would drown in the 1.
+    weight.copy_(weight - (weight * decay + step_size * (m / (v.sqrt() * second_scale + eps))))
+    first.copy_(m)
+    second.copy_(v)
 
 
 def choose_kernels(choice: str, elements: int, device: torch.device) -> Kernels:

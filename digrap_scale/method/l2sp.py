@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from digrap_scale.method import statistics as S
-from digrap_scale.method.base import Method, add_displacement_
-from digrap_scale.types import ShardView
+from digrap_scale.method.base import Method
 
 
 class L2SP(Method):
@@ -31,7 +28,8 @@ class L2SP(Method):
 
     def update(self, stats_LK: torch.Tensor, lr_L: torch.Tensor) -> None:
         # A layer that the loss does not reach has gradient None under FSDP2 and zeros under ZeRO-3: left alone in both.
-        self.weight_L = torch.where(stats_LK[:, S.GRAD_SQ] > 0, self.weight, 0.0)
+        reached_L = (stats_LK[:, S.GRAD_SQ] > 0) & self.projected_L
+        self.factor_L = torch.where(reached_L, self.weight, 0.0).double()
 
-    def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
-        add_displacement_(views, self.weight_L[list(layers)].tolist(), "grad", self.kernels, scale=clip)
+    def factors(self) -> torch.Tensor:
+        return self.factor_L

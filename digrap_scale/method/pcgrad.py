@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from digrap_scale.method import statistics as S
-from digrap_scale.method.base import Method, add_displacement_
-from digrap_scale.types import ShardView
+from digrap_scale.method.base import Method
 
 
 class PCGrad(Method):
@@ -27,8 +24,8 @@ class PCGrad(Method):
         self.conflict_L = (inner_L < 0) & (sq_L > 0) & self.projected_L
         self.coefficient_L = torch.where(self.conflict_L, inner_L / sq_L, torch.zeros_like(inner_L))
 
-    def apply_(self, views: Sequence[ShardView], layers: Sequence[int], clip: float) -> None:
-        add_displacement_(views, (-self.coefficient_L)[list(layers)].tolist(), "grad", self.kernels, scale=clip)
+    def factors(self) -> torch.Tensor:
+        return -self.coefficient_L
 
     def conflict(self) -> torch.Tensor:
         return self.conflict_L

@@ -14,9 +14,12 @@ from torch import nn
 
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.reference.names import match_names
-from digrap_scale.reference.store import SafetensorsReader, load_slices
+from digrap_scale.reference.placement import HeldReference, ReferenceShards
+from digrap_scale.reference.store import SafetensorsReader, check_tied, load_slices
+from digrap_scale.reference.stream import Source, StreamedReference, find_source
 from digrap_scale.types import ShardSpec
 
+DEFAULT_BUFFER_BYTES = 256 << 20
 Reference = str | Path | Mapping[str, torch.Tensor]
 # Weights that PEFT starts at (or multiplies to) zero: their pre-trained value is "no change", so d = θ.
 _ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
@@ -30,8 +33,10 @@ def resolve_reference(
     aliases: Mapping[str, Sequence[str]],
     rename: Mapping[str, str],
     exempt: set[str],
-) -> tuple[list[torch.Tensor | None], list[bool]]:
-    """Per layer: this rank's slice of θ₀ ([N]; None = zero or absent), and whether there is a θ₀ at all.
+    placement: str = "device",
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES,
+) -> tuple[ReferenceShards, list[bool]]:
+    """This rank's part of θ₀, and for each layer whether there is a θ₀ at all.
 
     Args:
         reference: see ``attach``.
@@ -41,9 +46,11 @@ def resolve_reference(
         aliases: layer name → all names of that parameter in the model (several if tied).
         rename: regex → replacement, from parameter names to the file's.
         exempt: layers that have no reference.
+        placement: ``device``, ``cpu`` or ``stream``.
+        buffer_bytes: of a streamed reference.
 
     Raises:
-        ConfigError: no reference where layers need one, or a mapping of none of them.
+        ConfigError: no reference where layers need one, a mapping of none of them, or a streamed one that is no file.
         CheckpointError: the reference does not fit the model.
     """
     slices: list[torch.Tensor | None] = [None] * len(weights)
@@ -71,8 +78,42 @@ def resolve_reference(
         file_names = match_names(module, reader, others, aliases, rename)
         devices = {weight.device for weight in weights}
         assert len(devices) == 1, f"weights on several devices: {devices}"
-        slices = load_slices(reader, specs, file_names, devices.pop())
-    return slices, projected
+        device = devices.pop()
+        if placement == "stream":
+            return _stream(reader, specs, weights, file_names, buffer_bytes, device), projected
+        slices = load_slices(reader, specs, file_names, device)
+    if placement == "stream" and any(tensor is not None for tensor in slices):
+        raise ConfigError(
+            "reference_placement: 'stream' reads the reference from a safetensors file in each step, but the reference "
+            "given is in memory already; pass a path, or placement 'device' or 'cpu'"
+        )
+    # Weights in bfloat16 are the checkpoint's, rounded: so is their reference, or d would start as rounding noise.
+    slices = [
+        tensor.to(weight.dtype) if tensor is not None and tensor.element_size() > weight.element_size() else tensor
+        for tensor, weight in zip(slices, weights, strict=True)
+    ]
+    if placement == "cpu":
+        slices = [None if tensor is None else tensor.cpu() for tensor in slices]
+    return HeldReference(slices, placement), projected
+
+
+def _stream(
+    reader: SafetensorsReader,
+    specs: Sequence[ShardSpec],
+    weights: Sequence[torch.Tensor],
+    file_names: Mapping[str, Sequence[str]],
+    buffer_bytes: int,
+    device: torch.device,
+) -> StreamedReference:
+    sources: list[Source | None] = []
+    for spec in specs:
+        names = file_names.get(spec.name)
+        if not names:
+            sources.append(None)
+            continue
+        check_tied(reader, spec, names)
+        sources.append(find_source(reader, names[0], spec.start, spec.stop))
+    return StreamedReference(sources, [weight.dtype for weight in weights], buffer_bytes, device)
 
 
 def _slice_of(name: str, tensor: torch.Tensor, spec: ShardSpec) -> torch.Tensor:

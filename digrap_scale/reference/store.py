@@ -16,6 +16,8 @@ from digrap_scale.types import ShardSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+COMPARED_ELEMENTS = 1 << 24
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class SafetensorsReader:
@@ -30,6 +32,7 @@ class SafetensorsReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._handles: dict[Path, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -115,6 +118,27 @@ class SafetensorsReader:
             start, stop = start - first * inner, stop - first * inner
         raise AssertionError("unreachable")
 
+    def locate(self, name: str) -> tuple[Path, int, torch.dtype]:
+        """The file that holds ``name``, the byte where its data begin there, and its dtype.
+
+        The format is public: eight bytes (little-endian) give the header's length, the header is JSON, and offsets in it
+        count from the header's end. safetensors itself has no call that tells them.
+
+        Raises:
+            CheckpointError: a dtype that torch has no floating type for.
+        """
+        file = self._file_of[name]
+        if file not in self._headers:
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = (8 + length, json.loads(opened.read(length)))
+        data, header = self._headers[file]
+        if self.dtypes[name] not in _DTYPES:
+            raise CheckpointError(
+                f"{file}: {name}: expected one of {', '.join(_DTYPES)}, found dtype {self.dtypes[name]}"
+            )
+        return file, data + int(header[name]["data_offsets"][0]), _DTYPES[self.dtypes[name]]
+
     @staticmethod
     def _empty(handle: Any, name: str) -> torch.Tensor:
         piece = handle.get_slice(name)
@@ -143,13 +167,24 @@ def load_slices(
         if not names:
             slices.append(None)
             continue
+        check_tied(reader, spec, names)
         values = reader.read(names[0], spec.start, spec.stop)
-        for other in names[1:]:
-            if not torch.equal(values, reader.read(other, spec.start, spec.stop)):
+        # A slice may alias the file's mapping: keep a copy of these bytes only.
+        slices.append(values.clone() if device.type == "cpu" else values.to(device))
+    return slices
+
+
+def check_tied(reader: SafetensorsReader, spec: ShardSpec, names: Sequence[str]) -> None:
+    """Whether the file's copies of a tied weight agree in this rank's part; read a bounded piece at a time.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for other in names[1:]:
+        for start in range(spec.start, spec.stop, COMPARED_ELEMENTS):
+            stop = min(start + COMPARED_ELEMENTS, spec.stop)
+            if not torch.equal(reader.read(names[0], start, stop), reader.read(other, start, stop)):
                 raise CheckpointError(
                     f"{reader.path}: {names[0]!r} and {other!r} differ, but the model ties them into one parameter "
                     f"({spec.name}); untie them in the model's config or mend the file"
                 )
-        # A slice may alias the file's mapping: keep a copy of these bytes only.
-        slices.append(values.clone() if device.type == "cpu" else values.to(device))
-    return slices

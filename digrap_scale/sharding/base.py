@@ -6,7 +6,7 @@ It never asks which method runs. Shapes: L layers, K statistics, N local element
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class Backend:
         self.hooked: list[Optimizer] = [optimizer]
         self.specs: list[ShardSpec] = [self.spec(name, parameter) for name, parameter, _ in self._trained]
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._dropped_grads: list[torch.Tensor | None] = []
 
     def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
         """Which elements of ``parameter`` this rank holds."""
@@ -147,11 +148,41 @@ class Backend:
 
     def drop_gradients(self) -> None:
         """Make the optimizer leave weights and state alone in the step under way: torch's optimizers skip ``None``."""
+        self._dropped_grads = [parameter.grad for _, parameter, _ in self._trained]
         for _, parameter, _ in self._trained:
             parameter.grad = None
 
     def finish_step(self) -> None:
-        """Called after the optimizer's step."""
+        """Called after the optimizer's step: dropped gradients are there again, for whoever looks at them."""
+        for (_, parameter, _), grad in zip(self._trained, self._dropped_grads, strict=False):
+            parameter.grad = grad
+        self._dropped_grads = []
+
+    def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
+        """Call ``there(layer)`` whenever backward has finished a layer's gradient, reduced over ranks where that is the
+        framework's work. Returns handles with ``remove()``. Layers of which it cannot be told are left out.
+
+        Raises:
+            ConfigError: this backend can tell it of no layer.
+        """
+        return [
+            parameter.register_post_accumulate_grad_hook(lambda _, layer=layer: there(layer))
+            for layer, (_, parameter, _) in enumerate(self._trained)
+            if not self.specs[layer].replicated  # a module left unsharded: its gradient is averaged by the user, later
+        ]
+
+    def stamp(self, layer: int) -> Hashable:
+        """Changes when the layer's gradient or weight is written to; None without a gradient.
+
+        Tensors' version counters are what autograd itself tells writes by. A DTensor and its local tensor count each
+        for itself.
+        """
+        parameter = self._trained[layer][1]
+        grad = parameter.grad
+        if grad is None:
+            return None
+        local, weight = self.local(grad), self.local(parameter)
+        return local.data_ptr(), grad._version, local._version, parameter._version, weight._version
 
     def grad_norm_before_clipping(self) -> float | None:
         """The gradient norm as an engine measured it before clipping, or None where the hook sees it unclipped."""

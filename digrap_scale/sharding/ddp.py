@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 
@@ -21,6 +23,11 @@ class DDPBackend(Backend):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model.module if isinstance(model, DistributedDataParallel) else model, optimizer)
+
+    def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
+        raise ConfigError(
+            "statistics during backward: DDP does not tell when a gradient is reduced; set training.statistics: step"
+        )
 
 
 class DDPEngine(Engine):

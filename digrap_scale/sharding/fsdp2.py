@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +83,15 @@ class FSDP2Backend(Backend):
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         detached = tensor.detach()
         return detached.to_local() if isinstance(detached, DTensor) else detached
+
+    def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
+        for name, parameter, _ in self._trained:
+            if isinstance(parameter, DTensor) and parameter.to_local().device.type != parameter.device_mesh.device_type:
+                raise ConfigError(
+                    f"statistics during backward: {name} is offloaded, and its gradient is still on its way to the CPU "
+                    "when backward tells of it; set training.statistics: step"
+                )
+        return super().watch_gradients(there)
 
     def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
         return gather_intervals(self.specs[layer], local, self._group)

@@ -7,7 +7,7 @@ all (the later ones' gradients are complete, but not yet unscaled: ``grad_scale`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -156,6 +156,11 @@ class Zero3Backend(Backend):
             flat, grad = self._dropped
             flat.grad = grad
             self._dropped = None
+
+    def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
+        raise ConfigError(
+            "statistics during backward: DeepSpeed does not tell when a gradient is reduced; set training.statistics: step"
+        )
 
     def grad_norm_before_clipping(self) -> float | None:
         return float(self._zero._global_grad_norm)

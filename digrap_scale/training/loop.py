@@ -38,7 +38,7 @@ def train_steps(
     skipped_in_a_row = 0
     for step in range(1, total_steps + 1):
         learning_rate = schedule.set(step - 1)
-        loss = accumulate(engine, task, stream)
+        loss = accumulate(engine, projector, task, stream)
         seen = projector.report.step
         engine.step()
         if engine.skips_steps and projector.report.step == seen:
@@ -71,12 +71,14 @@ def train_steps(
             log.strength(step, projector.strength())
 
 
-def accumulate(engine: Engine, task: Task, stream: Iterator[Batch]) -> torch.Tensor:
+def accumulate(engine: Engine, projector: Projector, task: Task, stream: Iterator[Batch]) -> torch.Tensor:
     """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar."""
     total = torch.zeros((), device=engine.device)
     for part in range(engine.accumulation_steps):
         batch = prepared(engine, next(stream))
-        with engine.micro_step(last=part == engine.accumulation_steps - 1):
+        last = part == engine.accumulation_steps - 1
+        projector.expect_step(last)
+        with engine.micro_step(last=last):
             loss = task.loss(engine.model, batch)
             engine.backward(loss)
         total += loss.detach().float()

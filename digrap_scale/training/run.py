@@ -172,11 +172,14 @@ def _attach(run: _Run, config: Config) -> Projector:
         method=method,
         reference=reference,
         reference_placement=config.reference.placement,
+        reference_buffer_bytes=config.reference.buffer_bytes,
         reference_rename=config.reference.rename,
         not_projected=[f"^{re.escape(name)}$" for name in sorted(new)],
         max_grad_norm=run.engine.max_grad_norm,
         previous=config.reference.previous,
         kernels=config.training.kernels,
+        projection=config.training.projection,
+        statistics=config.training.statistics,
     )
 
 

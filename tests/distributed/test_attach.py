@@ -98,7 +98,11 @@ def test_zero() -> None:
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     as_word, projector = run(reference="zero", strength_lr=0.05)
     as_tensors, _ = run(reference=zeros, strength_lr=0.05)
-    assert same(as_word, as_tensors) and not projector.held_tensors() and projector._reference_L == [None] * len(zeros)
+    assert (
+        same(as_word, as_tensors)
+        and not projector.held_tensors()
+        and projector._reference.slices_L == [None] * len(zeros)
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "str"])
@@ -143,7 +147,7 @@ def test_adapters_default_to_zero() -> None:
     projector = digrap_scale.attach(model, sgd(model), strength_lr=0.1)
     train(model, projector.backend.hooked[0])
     assert len(projector.strength()) == 8 and all("lora_" in name for name in projector.strength())
-    assert projector._reference_L == [None] * 8 and max(projector.strength().values()) > 0
+    assert projector._reference.slices_L == [None] * 8 and max(projector.strength().values()) > 0
 
     explicit = make_lora()
     other = digrap_scale.attach(explicit, sgd(explicit), strength_lr=0.1, reference="zero")
@@ -155,7 +159,7 @@ def test_adapters_ignore_a_base_reference(tmp_path: Path) -> None:
     """A path for the base is not even opened when only adapters train."""
     model = make_lora()
     projector = digrap_scale.attach(model, sgd(model), reference=tmp_path / "absent.safetensors")
-    assert projector._reference_L == [None] * 8
+    assert projector._reference.slices_L == [None] * 8
 
 
 def test_adapters_may_look_back_at_their_start() -> None:
@@ -163,7 +167,7 @@ def test_adapters_may_look_back_at_their_start() -> None:
     projector = digrap_scale.attach(model, sgd(model), reference="initial")
     assert all(
         torch.equal(r.view_as(p), p)
-        for r, (_, p, _) in zip(projector._reference_L, projector.backend._trained, strict=True)
+        for r, (_, p, _) in zip(projector._reference.slices_L, projector.backend._trained, strict=True)
     )
 
 
@@ -468,7 +472,27 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
         ConfigError,
         "strength_lr: options go with a method's name",
     ),
-    ("placement", call(reference_placement="stream"), ConfigError, "expected 'device' or 'cpu', found 'stream'"),
+    (
+        "placement",
+        call(reference_placement="disk"),
+        ConfigError,
+        "reference_placement: expected 'device', 'cpu' or 'stream', found 'disk'",
+    ),
+    (
+        "stream what is in memory",
+        call(reference_placement="stream"),
+        ConfigError,
+        "pass a path, or placement 'device' or 'cpu'",
+    ),
+    (
+        "stream and backward",
+        call(reference_placement="stream", statistics="backward"),
+        ConfigError,
+        "statistics='backward' needs the reference in memory",
+    ),
+    ("statistics", call(statistics="early"), ConfigError, "statistics: expected 'step' or 'backward', found 'early'"),
+    ("projection", call(projection="both"), ConfigError, "projection: expected 'auto', 'separate' or 'fused', found"),
+    ("fused sgd", call(projection="fused"), ConfigError, "projection='fused': the optimizer is SGD, expected torch's"),
     ("clip 0", call(max_grad_norm=0.0), ConfigError, "max_grad_norm: expected a positive number, found 0.0"),
     ("clip nan", call(max_grad_norm=math.nan), ConfigError, "max_grad_norm: expected a positive number, found nan"),
     ("kernels", call(kernels="fast"), ConfigError, "attach: kernels must be auto, eager or compile, found 'fast'"),

@@ -155,7 +155,7 @@ def test_bfloat16_weights_in_one_process(file: Path) -> None:
     model = make_toy().bfloat16()
     optimizer = make_optimizer(model)
     projector = digrap_scale.attach(model, optimizer, reference=file, not_projected=["^head"], strength_lr=MU)
-    assert {r.dtype for r in projector._reference_L if r is not None} == {torch.bfloat16}
+    assert {r.dtype for r in projector._reference.slices_L if r is not None} == {torch.bfloat16}
     for x, y in make_batches(STEPS, GLOBAL_BATCH):
         cross_entropy(model(x.bfloat16()).float(), y).backward()
         optimizer.step()

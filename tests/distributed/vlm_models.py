@@ -132,9 +132,9 @@ def train_vlm(folder: str, kind: str, backend: str, method: str) -> dict[str, An
     projector = digrap_scale.attach(wrapped, optimizer, method=method, reference=folder, strength_lr=0.1)
     backend_ = projector.backend
     references = {
-        spec.name: backend_.gather(layer, projector._reference_L[layer])
+        spec.name: backend_.gather(layer, projector._reference.slices_L[layer])
         for layer, spec in enumerate(backend_.specs)
-        if projector._reference_L[layer] is not None
+        if projector._reference.slices_L[layer] is not None
     }
     engine.model.train()
     losses, reports = [], []

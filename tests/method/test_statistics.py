@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from digrap_scale.method import kernels as K
 from digrap_scale.method import statistics as S
-from digrap_scale.method.base import add_displacement_, scale_gradients_
+from digrap_scale.method.base import add_displacement_
 from digrap_scale.method.kernels import CompiledKernels, Kernels, choose_kernels
 from digrap_scale.types import AdamMoments, ShardSpec, ShardView
 
@@ -247,9 +247,9 @@ def test_adding_previous_displacement_to_the_weight() -> None:
 def test_scaling_gradients() -> None:
     views = [make_view(4), make_view(4, grad_dtype=None)]
     before = views[0].grad.clone()
-    scale_gradients_(views, 1.0)
+    add_displacement_(views, [0.0, 0.0], "grad", EAGER)
     assert torch.equal(views[0].grad, before)
-    scale_gradients_(views, 0.25)
+    add_displacement_(views, [0.0, 0.0], "grad", EAGER, scale=0.25)
     assert torch.equal(views[0].grad, before * 0.25) and views[1].grad is None
 
 

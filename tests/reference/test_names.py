@@ -97,7 +97,7 @@ def test_tied_weights(tmp_path: Path, names: list[str]) -> None:
     found = match(model, tmp_path)
     assert found == {"embed.weight": names, "body.weight": ["body.weight"], "body.bias": ["body.bias"]}
     projector = digrap_scale.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), reference=tmp_path)
-    assert torch.equal(projector._reference_L[0].view(6, 4), model.embed.weight)
+    assert torch.equal(projector._reference.slices_L[0].view(6, 4), model.embed.weight)
 
 
 def test_tied_weights_that_differ_in_the_file(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_peft_model_finds_the_modules_it_trains_in_full(tmp_path: Path) -> None:
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
     trained = [p for p in model.parameters() if p.requires_grad]
     projector = digrap_scale.attach(model, torch.optim.SGD(trained, lr=0.1), reference=tmp_path)
-    kept = {spec.name: r for spec, r in zip(projector.backend.specs, projector._reference_L, strict=True)}
+    kept = {spec.name: r for spec, r in zip(projector.backend.specs, projector._reference.slices_L, strict=True)}
     assert torch.equal(kept["base_model.model.classifier.modules_to_save.default.weight"].view_as(head), head)
     assert [name for name, r in kept.items() if r is None] == [name for name in kept if "lora_" in name] != []
 

@@ -60,7 +60,7 @@ def fsdp2_shards() -> dict[str, Any]:
             squares += (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).double().square().sum()
     optimizer.step()
     specs = projector.backend.specs
-    initial = projector._reference_L
+    initial = projector._reference.slices_L
     return {
         "intervals": {spec.name: [spec.start, spec.stop] for spec in specs},
         "replicated": [spec.name for spec in specs if spec.replicated],

@@ -1,0 +1,72 @@
+"""Statistics that are taken while backward runs: a layer's, as soon as its gradient is there.
+
+They leave the step's critical path, and read the gradient while it is still in a cache. Shapes: L layers, K statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from digrap_scale.method.kernels import LARGE_ELEMENTS
+from digrap_scale.method.statistics import GRADIENT_STATISTICS
+from digrap_scale.sharding.base import Backend
+
+
+class EarlyStatistics:
+    """Large layers' statistics, kept until the step; small ones are cheaper together, in the step.
+
+    A layer whose gradient or weight was written to since (clipping, unscaling) does not count: its step measures it again.
+
+    Args:
+        backend: tells when a layer's gradient is there.
+        measure: gives the statistics [1, K] of one layer.
+
+    Attributes:
+        active: off while a backward runs that is not the last one before the optimizer's step: nothing is measured.
+
+    Raises:
+        ConfigError: the backend cannot tell when a gradient is there.
+    """
+
+    def __init__(self, backend: Backend, measure: Callable[[int], torch.Tensor]) -> None:
+        layers = len(backend.specs)
+        self.active = True
+        self._backend = backend
+        self._measure = measure
+        self._large_L = [spec.numel >= LARGE_ELEMENTS for spec in backend.specs]
+        device = backend.weights()[0].device
+        self._stats_LK = torch.zeros(layers, GRADIENT_STATISTICS, dtype=torch.float64, device=device)
+        self._stamps: dict[int, Hashable] = {}
+        self._taken: Any = None
+        self._handles = backend.watch_gradients(self._gradient_is_there)
+
+    @torch.no_grad()
+    def _gradient_is_there(self, layer: int) -> None:
+        self._stamps.pop(layer, None)
+        if not self.active or not self._large_L[layer]:
+            return
+        self._stats_LK[layer] = self._measure(layer)[0]
+        self._stamps[layer] = self._backend.stamp(layer)
+        if self._stats_LK.device.type != "cpu":
+            # The hook may run on another stream than the step (FSDP2 reduces gradients on one of its own).
+            self._taken = torch.accelerator.current_stream().record_event()
+
+    def ready(self) -> list[int]:
+        """The layers whose statistics hold."""
+        return [layer for layer, stamp in self._stamps.items() if self._backend.stamp(layer) == stamp]
+
+    def take(self, layers: Sequence[int]) -> torch.Tensor:
+        """Their rows [len(layers), K], once; the next step's are measured anew."""
+        if self._taken is not None:
+            torch.accelerator.current_stream().wait_event(self._taken)
+            self._taken = None
+        self._stamps = {}
+        return self._stats_LK[list(layers)]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()

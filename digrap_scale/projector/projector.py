@@ -1,0 +1,339 @@
+"""Where method, backend and reference meet: inside ``optimizer.step()``, in torch's optimizer step hooks.
+
+A step's walk, in the pre hook: views → statistics → one all-reduce → the method's per-layer update → gradients changed
+in place; then the optimizer's own step; then, for methods that act on the update, the same walk once more.
+A fused step takes the optimizer's place: projection and Adam in one pass over memory.
+Shapes: L layers, K statistics, N local elements.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from digrap_scale.errors import CheckpointError
+from digrap_scale.method import statistics as S
+from digrap_scale.method.adam import adam_
+from digrap_scale.method.base import Method
+from digrap_scale.projector.early import EarlyStatistics
+from digrap_scale.projector.report import StepReport
+from digrap_scale.reference.placement import Piece, ReferenceShards
+from digrap_scale.sharding.adam import begin_adam_step
+from digrap_scale.sharding.base import Backend
+from digrap_scale.sharding.previous import PreviousWeights
+from digrap_scale.types import ShardView
+
+# Optimizers that carry a projector: two of them would project twice.
+attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+_ALL = slice(None)
+_Portion = tuple[list[Piece], list[ShardView]]
+
+
+class Projector:
+    """A method, attached to an optimizer. Made by ``attach``; its state is keyed by parameter name."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        method: Method,
+        reference: ReferenceShards,
+        projected_L: torch.Tensor,
+        previous: PreviousWeights | None,
+        *,
+        max_grad_norm: float | None,
+        fused: bool,
+        early: bool,
+    ) -> None:
+        self.backend = backend
+        self.method = method
+        self.report = StepReport()
+        self.fused = fused
+        self._reference = reference
+        self._projected_L = projected_L
+        self._previous = previous
+        self._max_grad_norm = max_grad_norm
+        self._clip = 1.0
+        self._idle = False
+        self._stepping: list[int] = []
+        self._unstepped = 0
+        self._projected: list[bool] = projected_L.tolist()
+        method.prepare(projected_L)
+        self._early = EarlyStatistics(backend, self._measure) if early else None
+        attached.update(backend.hooked)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in backend.hooked]
+
+    # The walk.
+
+    @torch.no_grad()
+    def _before_step(self, *_: object) -> None:
+        backend, method = self.backend, self.method
+        if backend.first_of_step():
+            backend.unscale_()
+            stats_LK = self._statistics()
+            backend.reduce_(stats_LK)
+            stats_LK = stats_LK.cpu()
+            lr_L = torch.tensor([float(backend.group(i)["lr"]) for i in range(len(stats_LK))], dtype=torch.float64)
+            # torch's get_/set_optimizer_state_dict make an optimizer's state by a step with gradient and rate 0.
+            self._idle = not lr_L.any() and not stats_LK[:, S.GRAD_SQ].any()
+            self._unstepped = len(stats_LK)
+            if not self._idle:
+                self._clip = self._inspect(stats_LK)
+                if not self.report.skipped:
+                    method.update(_clipped(stats_LK, self._clip), lr_L)
+                    self._summarize()
+        self._stepping = list(backend.stepping())
+        if self._idle:
+            return
+        if self.report.skipped:
+            backend.drop_gradients()
+            return
+        views = self._views(self._stepping)
+        if self._previous is not None:
+            self._previous.note_step(list(views.values()), self._stepping)
+        if self.fused:
+            self._step_fused(views)
+        else:
+            self._project(views)
+
+    def _statistics(self) -> torch.Tensor:
+        """This rank's statistics of all layers, [L, K] float64 on the shards' device."""
+        views = self._views(range(len(self.backend.specs)))
+        early = [] if self._early is None else self._early.ready()
+        rest = list(views) if not early else sorted(set(views) - set(early))
+        if self._previous is not None:
+            self._previous.fill([views[layer] for layer in rest], rest)
+        stats_LK = torch.zeros(
+            len(views), S.GRADIENT_STATISTICS, dtype=torch.float64, device=views[0].weight.device if views else None
+        )
+        for pieces, parts in self._walk(views, rest):
+            rows = torch.tensor([piece.layer for piece in pieces], device=stats_LK.device)
+            stats_LK.index_add_(0, rows, self.method.statistics(parts))
+        if self._early is not None:
+            stats_LK[early] = self._early.take(early)
+        return stats_LK
+
+    def _project(self, views: dict[int, ShardView]) -> None:
+        """Change the gradients of ``views`` in place, for the optimizer to step with."""
+        pulled, others = self._pulled(views)
+        for pieces, parts in self._walk(views, pulled):
+            self.method.apply_(parts, [piece.layer for piece in pieces], self._clip)
+        if self._clip != 1.0:
+            self.method.apply_([views[layer] for layer in others], others, self._clip)
+        self.backend.write_back()
+
+    def _step_fused(self, views: dict[int, ShardView]) -> None:
+        """Take Adam's step on ``views`` with the projection in it; the optimizer's own then finds nothing to do."""
+        states = dict(zip(views, begin_adam_step(self.backend, list(views)), strict=True))
+        factors_L = self.method.factors().tolist()
+        pulled, others = self._pulled(views)
+        kernels = self.method.kernels
+        for pieces, parts in self._walk(views, pulled):
+            of_parts = [None if (state := states[p.layer]) is None else state.part(p.part) for p in pieces]
+            adam_(parts, of_parts, [factors_L[piece.layer] for piece in pieces], self._clip, kernels)
+        rest = [views[layer] for layer in others]
+        adam_(rest, [states[layer] for layer in others], [0.0] * len(rest), self._clip, kernels)
+        self.backend.drop_gradients()
+
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        backend, method = self.backend, self.method
+        if method.acts_on_update and not self._idle and not self.report.skipped:
+            views = self._views(self._stepping)
+            if self._previous is not None:
+                self._previous.fill(list(views.values()), self._stepping)
+            row = {layer: i for i, layer in enumerate(self._stepping)}
+            device = next(iter(views.values())).weight.device
+            stats_LK = torch.zeros(len(views), S.UPDATE_STATISTICS, dtype=torch.float64, device=device)
+            for pieces, parts in self._walk(views, self._stepping):
+                rows = torch.tensor([row[piece.layer] for piece in pieces], device=device)
+                stats_LK.index_add_(0, rows, method.update_statistics(parts))
+            backend.reduce_(stats_LK)
+            stats_LK = stats_LK.cpu()
+            for pieces, parts in self._walk(views, self._stepping):
+                of_pieces = [row[piece.layer] for piece in pieces]
+                method.apply_update_(parts, [piece.layer for piece in pieces], stats_LK[of_pieces])
+            self._summarize()
+        backend.finish_step()
+        self._unstepped -= len(self._stepping)
+        if self._unstepped <= 0:
+            self._reference.prefetch()
+
+    # Its parts.
+
+    def _views(self, layers: Sequence[int]) -> dict[int, ShardView]:
+        """Layer → its view, without reference and previous weights."""
+        views = dict(zip(layers, self.backend.views(layers), strict=True))
+        for layer, view in views.items():
+            view.projected = self._projected[layer]
+        return views
+
+    def _walk(self, views: Mapping[int, ShardView], layers: Sequence[int]) -> Iterator[_Portion]:
+        """``layers`` in portions, as the reference comes: its pieces, and the views cut to them."""
+        for pieces in self._reference.pieces(layers):
+            parts = []
+            for piece in pieces:
+                view = views[piece.layer]
+                view = view if piece.part == _ALL else view.part(piece.part)
+                view.reference = piece.reference
+                parts.append(view)
+            yield pieces, parts
+
+    def _pulled(self, layers: Mapping[int, ShardView]) -> tuple[list[int], list[int]]:
+        """The layers whose gradient this step changes in direction, and the others."""
+        factors_L = self.method.factors().tolist()
+        pulled = [layer for layer in layers if factors_L[layer] != 0.0 and self._projected[layer]]
+        return pulled, sorted(set(layers) - set(pulled))
+
+    def _measure(self, layer: int) -> torch.Tensor:
+        """Statistics [1, K] of one layer, while backward runs."""
+        views = self._views([layer])
+        if self._previous is not None:
+            self._previous.fill(list(views.values()), [layer])
+        ((_, parts),) = self._walk(views, [layer])
+        return self.method.statistics(parts)
+
+    def _inspect(self, stats_LK: torch.Tensor) -> float:
+        """Fill the report from reduced statistics; return the clipping factor (1 = none)."""
+        finite_L = torch.isfinite(stats_LK[:, S.GRAD_SQ])
+        broken = (finite_L & ~torch.isfinite(stats_LK[:, S.DISPLACEMENT_SQ])).nonzero().flatten().tolist()
+        if broken:
+            name = self.backend.specs[broken[0]].name
+            raise CheckpointError(f"{name}: its weights or their reference hold values that are not finite")
+        names = [spec.name for spec, finite in zip(self.backend.specs, finite_L.tolist(), strict=True) if not finite]
+        norm = math.sqrt(float(stats_LK[:, S.GRAD_SQ].sum())) if not names else math.nan
+        before_clipping = self.backend.grad_norm_before_clipping()
+        self._start_report(norm if before_clipping is None else before_clipping, names)
+        if names or self._max_grad_norm is None:
+            return 1.0
+        # torch.nn.utils.clip_grad_norm_'s formula.
+        return min(1.0, self._max_grad_norm / (norm + 1e-6))
+
+    def _start_report(self, grad_norm: float, nonfinite_layers: list[str]) -> None:
+        self.report = StepReport(
+            step=self.report.step + 1,
+            grad_norm=grad_norm,
+            conflict_rate=0.0,
+            strength_mean=self.report.strength_mean,
+            skipped=bool(nonfinite_layers),
+            nonfinite_layers=nonfinite_layers,
+        )
+
+    def _summarize(self) -> None:
+        count = max(1, int(self._projected_L.sum()))
+        self.report.conflict_rate = float((self.method.conflict() & self._projected_L).sum()) / count
+        self.report.strength_mean = float(self.method.strength()[self._projected_L].double().sum()) / count
+
+    # For users.
+
+    def strength(self) -> dict[str, float]:
+        """ω of every layer that has a reference, by parameter name (as in the unwrapped model)."""
+        values = self.method.strength().tolist()
+        return {
+            spec.name: values[layer] for layer, spec in enumerate(self.backend.specs) if bool(self._projected_L[layer])
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, by parameter name: independent of world size and backend.
+
+        Under sharding this is a collective: all ranks call it, and the weights before the last step (kept by methods that
+        look back at them) are gathered into full float tensors on the CPU.
+        """
+        names = [spec.name for spec in self.backend.specs]
+        scalars, layers = {}, {}
+        for key, value in self.method.state().items():
+            if isinstance(value, torch.Tensor):
+                layers[key] = dict(zip(names, value.unbind(), strict=True))
+            else:
+                scalars[key] = value
+        before = {"previous": {}, "last_step": {}} if self._previous is None else self._previous.state()
+        return {
+            "method": self.method.name,
+            "step": self.report.step,
+            "scalars": scalars,
+            "layers": layers,
+            **before,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``state_dict``, on any backend and world size.
+
+        Raises:
+            CheckpointError: the state is of another method, or of other layers.
+        """
+        expected = ("method", "step", "scalars", "layers", "previous", "last_step")
+        missing = [key for key in expected if key not in state]
+        if missing:
+            raise CheckpointError(f"method state: expected the keys {', '.join(expected)}; {missing[0]} is missing")
+        if state["method"] != self.method.name:
+            raise CheckpointError(f"method state is of {state['method']!r}, expected {self.method.name!r}")
+        names = [spec.name for spec in self.backend.specs]
+        restored: dict[str, Any] = dict(state["scalars"])
+        for key, values in state["layers"].items():
+            differing = sorted(set(values) ^ set(names))
+            if differing:
+                raise CheckpointError(
+                    f"method state: {len(differing)} layers differ between the state and the model, first {differing[0]!r}"
+                )
+            restored[key] = torch.stack([values[name] for name in names])
+        if self._previous is not None:
+            self._previous.load({key: state[key] for key in ("previous", "last_step")})
+        if restored:
+            self.method.load(restored)
+        self.report = StepReport(step=int(state["step"]))
+
+    def summary(self) -> str:
+        """One line: method, backend, how many layers have a reference, and what was chosen automatically."""
+        previous = "" if self._previous is None else f", weights before the last step {self._previous.name}"
+        step = ", projection in the optimizer's pass" if self.fused else ""
+        early = ", statistics during backward" if self._early is not None else ""
+        return (
+            f"method {self.method.name} on {self.backend.name}: {int(self._projected_L.sum())} of "
+            f"{len(self._projected_L)} layers have a reference ({self._reference.name}), {self.method.kernels.name} "
+            f"kernels{previous}{step}{early}"
+        )
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """The shards that the projector keeps beside the model: the reference, and the weights before the last step."""
+        kept = [] if self._previous is None else self._previous.held_tensors()
+        return self._reference.held_tensors() + kept
+
+    def expect_step(self, last: bool) -> None:
+        """Tell whether the backward that follows is the last one before the optimizer's step.
+
+        Only for statistics during backward, and only to save time: without it they are taken in every micro-batch.
+        """
+        if self._early is not None:
+            self._early.active = last
+
+    def note_engine_skip(self) -> None:
+        """Report a step that the engine itself skipped (overflow) before it called the optimizer. Collective."""
+        self._start_report(math.inf, self.backend.nonfinite_layers() or ["(not known)"])
+
+    def detach(self) -> None:
+        """Remove the hooks; the optimizer is plain again."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        attached.difference_update(self.backend.hooked)
+        if self._early is not None:
+            self._early.close()
+        self._reference.close()
+
+
+def _clipped(stats_LK: torch.Tensor, clip: float) -> torch.Tensor:
+    """The statistics of clip · g, from those of g."""
+    if clip == 1.0:
+        return stats_LK
+    scaled_LK = stats_LK.clone()
+    scaled_LK[:, [S.GRAD_DISPLACEMENT, S.GRAD_PREVIOUS]] *= clip
+    scaled_LK[:, S.GRAD_SQ] *= clip**2
+    return scaled_LK

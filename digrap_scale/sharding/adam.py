@@ -1,0 +1,61 @@
+"""The state of torch's Adam and AdamW, for a step taken in the optimizer's place: made and counted as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from digrap_scale.sharding.base import Backend
+from digrap_scale.types import AdamSettings, AdamState
+
+
+def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState | None]:
+    """Count the step under way for every parameter that has a gradient (its state is made if this is its first), and
+    return the state of ``layers``: None for those without a gradient so far.
+
+    The state's layout is torch's own (``step``, ``exp_avg``, ``exp_avg_sq`` in ``optimizer.state``), so that checkpoints
+    and a later plain step know no difference; tests/distributed/test_fused.py holds it against torch's.
+    """
+    for optimizer in backend.hooked:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = optimizer.state[parameter]
+                if not state:
+                    on_device = bool(group.get("fused") or group.get("capturable"))
+                    device = parameter.device if on_device else torch.device("cpu")
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["step"] += 1
+    found = backend.adam_moments(layers)
+    present = [state[2].reshape(()).to(torch.float64) for state in found if state is not None]
+    # One transfer for all step counts: fused optimizers keep them on the device.
+    counts = iter(torch.stack(present).tolist() if present else [])
+    settings: dict[int, AdamSettings] = {}
+    states: list[AdamState | None] = []
+    for layer, state in zip(layers, found, strict=True):
+        if state is None:
+            states.append(None)
+            continue
+        group = backend.group(layer)
+        if id(group) not in settings:
+            settings[id(group)] = _settings(group)
+        states.append(AdamState(state[0], state[1], int(next(counts)), settings[id(group)]))
+    return states
+
+
+def _settings(group: dict[str, Any]) -> AdamSettings:
+    beta1, beta2 = group["betas"]
+    return AdamSettings(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=bool(group.get("decoupled_weight_decay")),
+        fused=bool(group.get("fused")),
+    )
