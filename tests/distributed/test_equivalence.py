@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toy import make_batches, make_toy, pure_loss
+from tests.distributed.toy import make_batches, make_theta0, make_toy, pure_loss
 from tests.distributed.training_runs import (
     DECAY,
     GLOBAL_BATCH,
@@ -28,7 +31,7 @@ def expected(case: Case) -> Reference:
     theta0 = theta0_of(case, model)
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    options = {key: value for key, value in case.options.items() if key != "previous"}
+    options = {key: value for key, value in case.options.items() if key not in OURS}
     reference = Reference(
         trained,
         theta0,
@@ -93,11 +96,39 @@ CASES: dict[str, dict] = {
     "pcgrad": {"method": "pcgrad", "without_reference": (".gain",)},
     "l2sp": {"method": "l2sp", "max_grad_norm": 0.5},
     "spd": {"method": "spd"},
+    # Adam's step taken in the hook: small layers together, and large ones (all that a rank holds 4 elements of) one by one.
+    "fused": {"options": {"strength_lr": 0.05, "projection": "fused"}, "max_grad_norm": 0.5},
+    "fused_large": {"options": {"strength_lr": 0.05, "projection": "fused"}, "max_grad_norm": 0.5, "large_elements": 4},
+    "fused_pcgrad": {
+        "method": "pcgrad",
+        "without_reference": (".gain",),
+        "options": {"projection": "fused"},
+        "large_elements": 4,
+    },
+    "fused_update": {"method": "digrap_update", "options": {"strength_lr": 0.05, "projection": "fused"}},
+    "stream": {"options": {"strength_lr": 0.05, "reference_placement": "stream"}, "max_grad_norm": 0.5},
+    "stream_fused": {
+        "options": {"strength_lr": 0.05, "reference_placement": "stream", "projection": "fused"},
+        "large_elements": 4,
+    },
+    "stream_update": {"method": "digrap_update", "options": {"strength_lr": 0.05, "reference_placement": "stream"}},
 }
+EARLY: dict[str, dict] = {
+    "early": {"max_grad_norm": 0.5, "accumulation": 2},
+    "early_update": {"method": "digrap_update"},
+    "early_fused": {"projection": "fused"},
+}
+OURS = ("previous", "projection", "reference_placement", "statistics")  # how it is done, not what
 
 
-def make_cases(backend: str) -> dict[str, Case]:
+def make_cases(backend: str, file: str) -> dict[str, Case]:
     cases = {key: Case(backend, **{"options": METHODS[v.get("method", "digrap")], **v}) for key, v in CASES.items()}
+    cases |= {key: replace(cases[key], reference_file=file) for key in cases if key.startswith("stream")}
+    if backend == "fsdp2":
+        for key, value in EARLY.items():
+            early = {"strength_lr": 0.05, "statistics": "backward", "projection": value.get("projection", "separate")}
+            rest = {name: v for name, v in value.items() if name != "projection"}
+            cases[key] = Case(backend, options=early, large_elements=4, **rest)
     if backend == "zero3":
         # Four elements a sub-group: many of them, each with its own optimizer step.
         cases["sub_groups"] = Case(
@@ -105,6 +136,12 @@ def make_cases(backend: str) -> dict[str, Case]:
         )
         cases["engine_clips"] = Case(
             backend, max_grad_norm=0.5, options=METHODS["digrap"], zero={"gradient_clipping": 0.5}
+        )
+        cases["fused_sub_groups"] = Case(
+            backend,
+            options={"strength_lr": 0.05, "projection": "fused"},
+            zero={"zero_optimization": {"sub_group_size": 4}},
+            large_elements=4,
         )
         cases["update_sub_groups"] = Case(
             backend,
@@ -122,18 +159,21 @@ def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Case], list[dict]]:
     backend, ranks = request.param
-    cases = make_cases(backend)
+    folder = tmp_path_factory.mktemp("reference")
+    save_file(make_theta0(make_toy()), folder / "model.safetensors")
+    cases = make_cases(backend, str(folder))
     return backend, cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all, cases)
 
 
-@pytest.mark.parametrize("key", [*CASES, "sub_groups", "engine_clips", "update_sub_groups"])
+@pytest.mark.parametrize("key", [*CASES, *EARLY, "sub_groups", "engine_clips", "update_sub_groups", "fused_sub_groups"])
 def test_equals_one_process(trained: tuple[str, dict[str, Case], list[dict]], key: str) -> None:
     backend, cases, results = trained
     if key not in cases:
-        return  # a DeepSpeed matter
+        return  # a DeepSpeed, or an FSDP2, matter
     reference = expected(cases[key])
     for got in results:
         compare(cases[key], got[key], reference)
+        assert got[key]["measured_early"] > 0 or not key.startswith("early")
     for got in results[1:]:
         assert got[key]["strength"] == results[0][key]["strength"], "ω differs in its bits between ranks"
 

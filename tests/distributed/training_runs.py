@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import digrap_scale
+from digrap_scale.method import adam, statistics
+from digrap_scale.projector import early
 from digrap_scale.sharding.previous import KeptWeights, RecomputedWeights
 from tests.distributed.toy import Toy, make_batches, make_theta0, make_toy
 
@@ -34,6 +38,8 @@ class Case:
     nan_layer: str | None = None  # only this layer's gradient, and only where the rank holds a part of it
     steps: int = STEPS
     without_reference: tuple[str, ...] = ()
+    large_elements: int | None = None  # layers from this size on are walked one by one, not packed
+    outer_clip: float | None = None  # the user clips, between backward and step
     options: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +62,27 @@ def theta0_of(case: Case, model: Toy) -> dict[str, torch.Tensor]:
     return {name: value for name, value in make_theta0(model).items() if not name.endswith(case.without_reference)}
 
 
+@contextmanager
+def large_layers(elements: int | None) -> Iterator[None]:
+    """Layers of ``elements`` and more count as large, as they do from 65,536 on by default."""
+    modules = (statistics, adam, early)
+    before = [module.LARGE_ELEMENTS for module in modules]
+    for module in modules:
+        module.LARGE_ELEMENTS = before[0] if elements is None else elements
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.LARGE_ELEMENTS = value
+
+
 def train_toy(case: Case) -> dict[str, Any]:
+    """See ``_train_toy``; with large layers as the case says."""
+    with large_layers(case.large_elements):
+        return _train_toy(case)
+
+
+def _train_toy(case: Case) -> dict[str, Any]:
     """Weights, ω, reports and the collectives that the projector used; the same on every rank."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     model = make_toy()
@@ -94,6 +120,7 @@ def train_toy(case: Case) -> dict[str, Any]:
     collectives = Collectives(everything=engine is None)
     reports = []
     changed: list[str] = []
+    measured_early = 0
     for step, (x, y) in enumerate(make_batches(case.steps, GLOBAL_BATCH)):
         share = GLOBAL_BATCH // world_size
         x, y = x[rank * share : (rank + 1) * share], y[rank * share : (rank + 1) * share]
@@ -118,6 +145,13 @@ def train_toy(case: Case) -> dict[str, Any]:
             else:
                 (loss / case.accumulation).backward()
         if engine is None:
+            if projector._early is not None:
+                measured_early += len(projector._early.ready())
+            if case.outer_clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), case.outer_clip)
+                assert not (projector._early and projector._early.ready()), (
+                    "clipped, but the old statistics still count"
+                )
             poison.after_backward(projector)
             before = snapshot(projector) if case.nan_at is not None and case.nan_at[0] == step else None
             with collectives:
@@ -137,6 +171,7 @@ def train_toy(case: Case) -> dict[str, Any]:
         "reductions": collectives.seen,
         "state": projector.state_dict(),
         "changed": changed,
+        "measured_early": measured_early,
         "empty_shards": [spec.name for spec in projector.backend.specs if spec.numel == 0],
     }
 
