@@ -23,7 +23,7 @@ COMPILE_ELEMENTS = 1 << 25  # ``auto``: below this, a rank's step is too short t
 class AdamNumbers(NamedTuple):
     """What one step of Adam on one layer is taken with.
 
-    g = scale · grad + factor · (θ − θ₀) + coupled · θ;  m ← m + keep1 · (g − m);  v ← v + keep2 · (g² − v);
+    g = scale · grad + factor · (θ − θ₀) + coupled · θ;  m ← β₁ · m + keep1 · g;  v ← β₂ · v + keep2 · g²;
     θ ← θ − decay · θ − step_size · m / (√v · second_scale + eps).
 
     keep1 = 1 − β₁, keep2 = 1 − β₂, step_size = lr / (1 − β₁^k), second_scale = 1 / √(1 − β₂^k) at the layer's k-th step;
@@ -33,7 +33,9 @@ class AdamNumbers(NamedTuple):
     scale: float
     factor: float
     coupled: float
+    beta1: float
     keep1: float
+    beta2: float
     keep2: float
     step_size: float
     second_scale: float
@@ -270,11 +272,11 @@ def _adam_rows_(
     factors: torch.Tensor,
 ) -> None:
     """torch's AdamW (Adam where the decay is coupled), on the projected gradient, in one pass: see ``AdamNumbers``."""
-    scale, factor, coupled, keep1, keep2, step_size, second_scale, eps, decay = factors.unbind()
+    scale, factor, coupled, beta1, keep1, beta2, keep2, step_size, second_scale, eps, decay = factors.unbind()
     d = weight if reference is None else weight - reference.float()
     g = grad.float() * scale + d * factor + weight * coupled
-    m = first + (g - first) * keep1
-    v = second + (g * g - second) * keep2
+    m = first * beta1 + g * keep1
+    v = second * beta2 + (g * g) * keep2
     # θ − lr·λ·θ, not (1 − lr·λ)·θ: in float32 a small lr·λ would drown in the 1.
     weight.copy_(weight - (weight * decay + step_size * (m / (v.sqrt() * second_scale + eps))))
     first.copy_(m)

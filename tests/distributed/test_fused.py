@@ -1,0 +1,214 @@
+"""Adam's step taken in the hook: torch's weights, torch's state, and nothing that the user's loop would notice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import digrap_scale
+from tests.distributed.toy import make_batches, make_theta0, make_toy
+from tests.distributed.training_runs import large_layers
+
+BATCHES = make_batches(12, 8)
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def adamw(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, **options)
+
+
+def adam(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-2, weight_decay=0.1, **options)
+
+
+def run(
+    make: Make, projection: str | None, method: str = "digrap", steps: int = len(BATCHES), **options: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
+    """Weights, the optimizer's state dict and the projector, after training with (``projection``) or without a method."""
+    model = make_toy()
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    projector = None
+    if projection is not None:
+        extra = {"strength_lr": 0.05} if method.startswith("digrap") else {}
+        projector = digrap_scale.attach(
+            model, optimizer, method=method, reference=make_theta0(model), projection=projection, **extra, **options
+        )
+    for x, y in BATCHES[:steps]:
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, optimizer.state_dict(), projector
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": adamw,
+    "adamw fused": lambda p: adamw(p, fused=True),
+    "adamw foreach": lambda p: adamw(p, foreach=True),
+    "adam": adam,
+    "adam betas": lambda p: adam(p, betas=(0.0, 0.9)),
+    "adam decoupled": lambda p: adam(p, decoupled_weight_decay=True),
+}
+
+
+@pytest.mark.parametrize("large", [4, None], ids=["large layers", "small layers"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_a_method_it_is_torchs_step(name: str, large: int | None) -> None:
+    make = OPTIMIZERS[name]
+    plain, state, _ = run(make, None)
+    with large_layers(large):
+        ours, our_state, _ = run(make, "fused", "none")
+    for key, weight in plain.items():
+        torch.testing.assert_close(ours[key], weight, atol=2e-6, rtol=0)
+    assert state["state"].keys() == our_state["state"].keys(), "a parameter without a gradient has no state"
+    for number, expected in state["state"].items():
+        got = our_state["state"][number]
+        assert list(got) == list(expected) and float(got["step"]) == float(expected["step"]) == len(BATCHES)
+        for key, value in expected.items():
+            assert got[key].dtype == value.dtype and got[key].device == value.device
+            torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("large", [4, None], ids=["large layers", "small layers"])
+@pytest.mark.parametrize("method", ["digrap", "digrap_update", "pcgrad"])
+@pytest.mark.parametrize("name", ["adamw fused", "adam"])
+def test_equals_the_separate_step(name: str, method: str, large: int | None) -> None:
+    theta = {"max_grad_norm": 0.3, "not_projected": ["gain"]}  # ω = 1 on one element leaves Adam rounding noise
+    separate, _, first = run(OPTIMIZERS[name], "separate", method, **theta)
+    with large_layers(large):
+        fused, _, second = run(OPTIMIZERS[name], "fused", method, **theta)
+    for key, weight in separate.items():
+        torch.testing.assert_close(fused[key], weight, atol=5e-6, rtol=0)
+    assert second.strength() == pytest.approx(first.strength(), abs=1e-5)
+    assert second.report.conflict_rate == first.report.conflict_rate and max(second.strength().values()) > 0.02
+
+
+def test_a_plain_optimizer_goes_on_from_its_state() -> None:
+    """Six fused steps, then six of torch's own on the same state, are twelve of torch's own."""
+    plain, _, _ = run(adamw, None)
+    model = make_toy()
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    projector = digrap_scale.attach(model, optimizer, method="none", projection="fused")
+    for step, (x, y) in enumerate(BATCHES):
+        if step == 6:
+            projector.detach()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), plain[name], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "skipped"])
+def test_gradients_are_there_after_the_step(bad: bool) -> None:
+    model = make_toy()
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    projector = digrap_scale.attach(model, optimizer, reference=make_theta0(model), projection="fused")
+    x, y = BATCHES[0]
+    cross_entropy(model(x), y).backward()
+    if bad:
+        model.head.bias.grad[0] = torch.nan
+    before = {n: None if p.grad is None else p.grad for n, p in model.named_parameters()}
+    optimizer.step()
+    assert projector.report.skipped == bad and (len(optimizer.state) == 0) == bad
+    assert all(p.grad is before[n] for n, p in model.named_parameters())
+
+
+def test_schedulers_and_closures_go_on() -> None:
+    model = make_toy()
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    projector = digrap_scale.attach(model, optimizer, reference=make_theta0(model), projection="fused")
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    moved = []
+    for x, y in BATCHES[:4]:
+        cross_entropy(model(x), y).backward()
+        before = model.embed.weight.detach().clone()
+        optimizer.step()
+        moved.append(float((model.embed.weight.detach() - before).abs().max()))
+        schedule.step()
+        optimizer.zero_grad()
+    assert projector.report.step == 4 and moved[3] < 0.3 * moved[0]
+
+
+def test_auto_is_fused_where_kernels_are_compiled() -> None:
+    for kernels, fused in (("eager", False), ("compile", True)):
+        model = make_toy()
+        optimizer = adamw(list(model.parameters()))
+        projector = digrap_scale.attach(model, optimizer, reference="initial", kernels=kernels)
+        assert projector.fused == fused
+        assert ("projection in the optimizer's pass" in projector.summary()) == fused
+
+
+class Wide(torch.nn.Module):
+    """One layer that is large by default, and a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(64, 2100), torch.nn.Linear(2100, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def train_wide(steps: int = 8, clip: float | None = None, **options: Any) -> tuple[Wide, Any]:
+    model = Wide()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    theta0 = {n: p.detach() * 0.9 for n, p in model.named_parameters()}
+    projector = digrap_scale.attach(model, optimizer, reference=theta0, strength_lr=0.05, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randn(16, 64, generator=generator)
+        cross_entropy(model(x), torch.randint(0, 3, (16,), generator=generator)).backward()
+        if projector._early is not None:
+            assert projector._early.ready() == [0], "the large layer was not measured during backward"
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            assert projector._early is None or projector._early.ready() == []
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, projector
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("projection", ["separate", "fused"])
+def test_statistics_during_backward_are_the_steps(projection: str, clip: float | None) -> None:
+    """Also where the user's own clipping comes between: what was measured before it does not count."""
+    late, first = train_wide(clip=clip, projection=projection)
+    early, second = train_wide(clip=clip, projection=projection, statistics="backward")
+    for a, b in zip(late.parameters(), early.parameters(), strict=True):
+        assert torch.equal(a, b), "the same operations on the same numbers"
+    layers, others = (projector.state_dict()["layers"] for projector in (first, second))
+    for key in ("strength", "first_moment", "coefficient"):
+        assert layers[key] == others[key]
+    assert layers["first_moment"]["up.weight"] != 0, "the large layer's ⟨g, d_{t-1}⟩ was never looked at"
+
+
+def test_other_micro_batches_are_not_measured() -> None:
+    model = Wide()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    projector = digrap_scale.attach(model, optimizer, reference="initial", statistics="backward")
+    for last in (False, False, True):
+        projector.expect_step(last)
+        model(torch.ones(2, 64)).sum().backward()
+        assert projector._early.ready() == ([0] if last else [])
+    projector.detach()
+    optimizer.zero_grad()
+    model(torch.ones(2, 64)).sum().backward()
+    assert projector._early.ready() == [], "detached: backward is plain again"
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager() -> None:
+    """The compiled kernel, a whole run through it."""
+    eager, first = train_wide(projection="fused", kernels="eager")
+    compiled, second = train_wide(projection="auto", kernels="compile")
+    assert second.fused
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
+    assert second.strength() == pytest.approx(first.strength(), abs=1e-5)
