@@ -1,11 +1,21 @@
-"""What a method adds to the optimizer's step: (statistics + projection + fused AdamW) / (fused AdamW alone), in one run.
+"""What a method adds to the optimizer's step, as a ratio to torch's fused AdamW on the same shards in the same run.
 
     python benchmarks/step_overhead.py                       one process
     torchrun --nproc-per-node 2 benchmarks/step_overhead.py  FSDP2 shards, one all-reduce a step
+    python benchmarks/step_overhead.py --layers 5000         the same parameters in many small layers
 
-The two steps are taken in turn on the same shards, and the medians are compared, so that a machine whose speed drifts
-still gives a ratio that holds. Gradients are fixed; half of the layers are in conflict and ω is set to 0.5, so that the
-projection has work to do. Times mean little on shared machines: read the ratios.
+Cases:
+    separate   gradients are changed in place, then any optimizer steps
+    fused      AdamW's step taken in the hook, with the projection in the same pass
+    backward   fused, and the statistics are taken before the clock starts, as they are while backward runs
+    stream     separate, with the reference read from its file in each step
+    update     digrap_update: acts on AdamW's whole step
+    naive      DiGraP as research code writes it, a parameter and a tensor operation after the other (one process)
+
+The plain step and the step with the method are taken in turn on the same weights, gradients and moments, and the medians
+are compared, so that a machine whose speed drifts still gives a ratio that holds. Half of the layers are in conflict and ω
+is set to 0.5, so that the projection has work to do. GB/s counts the bytes that a step must move. Read the ratios; times
+mean little on a shared machine.
 """
 
 from __future__ import annotations
@@ -13,23 +23,37 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from yardsticks import NaiveDiGraP, copy_gigabytes_per_second, read_gigabytes_per_second, seconds
 
 import digrap_scale
-from digrap_scale.method import DiGraP, DiGraPUpdate, Method
 
 WIDTH = 1024
+ADAM_BYTES, STATISTICS_BYTES, PROJECTION_BYTES = 28, 18, 14  # a parameter: read and written
+CASES = ("separate", "fused", "backward", "stream", "update", "naive")
 
 
-def make_model(millions: float) -> nn.Sequential:
-    """Transformer-shaped parameters: 12·width² a block in four matrices, and small norms and biases between."""
+class Flat(nn.Module):
+    """Equal layers of one vector each."""
+
+    def __init__(self, layers: int, elements: int) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.randn(elements // layers)) for _ in range(layers))
+
+
+def make_model(millions: float, layers: int | None) -> nn.Module:
+    """Transformer-shaped parameters, 12·width² a block in four matrices with norms and biases; or equal layers."""
+    if layers is not None:
+        return Flat(layers, int(millions * 1e6))
     blocks = max(1, round(millions * 1e6 / (12 * WIDTH * WIDTH)))
     return nn.Sequential(*(_block() for _ in range(blocks)))
 
@@ -53,88 +77,117 @@ def make_gradients(model: nn.Module) -> None:
     """Random gradients; every second layer's pulls away from the reference (conflict)."""
     torch.manual_seed(1)
     for index, parameter in enumerate(model.parameters()):
-        grad = torch.randn_like(parameter) * 1e-3
-        parameter.grad = grad - parameter.detach() * (1e-3 if index % 2 else -1e-3)
+        parameter.grad = torch.randn_like(parameter).mul_(1e-3)
+        parameter.grad.add_(parameter.detach(), alpha=-1e-3 if index % 2 else 1e-3)
 
 
-def median_ms(step: Callable[[], None], other: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Medians of ``step`` and ``other``, taken in turn."""
+def alternate(plain: Callable[[], None], other: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """Median seconds of the two, taken in turn; ``other`` times itself. The first rounds compile and allocate."""
     times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(rounds + 2):
-        for which, action in enumerate((step, other)):
+    for _ in range(rounds + 2):
+        for kept, action in zip(times, (lambda: seconds(plain), other), strict=True):
             if dist.is_initialized():
                 dist.barrier()
-            start = time.perf_counter()
-            action()
-            if round_ >= 2:  # the first ones allocate state
-                times[which].append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[0]), statistics.median(times[1])
+            kept.append(action())
+    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
 
 
-def measure(method: Method, millions: float, rounds: int, world_size: int) -> None:
-    model = make_model(millions)
-    if world_size > 1:
-        for block in model:
-            fully_shard(block)
-        fully_shard(model)
+def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_size: int) -> None:
     make_gradients(model)
     parameters = list(model.parameters())
-    plain = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     with_method = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    # The reference is stored as checkpoints are, in bfloat16, and lies near zero: displacement ≈ the weights.
-    theta0 = {
-        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().bfloat16() * 0.1
-        for n, p in model.named_parameters()
-    }
-    projector = digrap_scale.attach(model, with_method, method=method, reference=theta0)
-    del theta0
+    plain = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    plain.state = with_method.state  # one set of moments for both
+    if case == "naive":
+        naive = NaiveDiGraP(parameters, lr=1e-5, strength_lr=1e-2)
+        base, full = alternate(lambda: _step(plain), lambda: seconds(naive.step), rounds)
+        report(case, world_size, parameters, base, full, None, "")
+        return
+    projector = digrap_scale.attach(
+        model,
+        with_method,
+        method="digrap_update" if case == "update" else "digrap",
+        reference=reference,
+        reference_placement="stream" if case == "stream" else "device",
+        projection="fused" if case in ("fused", "backward") else "separate",
+        statistics="backward" if case == "backward" else "step",
+        kernels="compile",
+    )
 
-    def projected_step() -> None:
-        if isinstance(method, DiGraP | DiGraPUpdate):
-            method.omega.value_L.fill_(0.5)
-        with_method.step()
+    def step() -> float:
+        projector.method.omega.value_L.fill_(0.5)
+        if projector._early is not None:
+            for layer in range(len(parameters)):
+                projector._early._gradient_is_there(layer)
+        return seconds(with_method.step)
 
-    base, full = median_ms(plain.step, projected_step, rounds)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank == 0:
-        elements = sum(local(p).numel() for p in parameters)
-        extra = sum(t.numel() * t.element_size() for t in projector.held_tensors())
-        print(
-            f"{method.name:14s} {world_size} process(es)  {elements / 1e6:6.1f} M parameters a rank  "
-            f"AdamW {base:7.1f} ms  with method {full:7.1f} ms  ratio {full / base:4.2f}  "
-            f"extra memory {extra / elements:4.2f} B/parameter  conflicts {projector.report.conflict_rate:.0%}",
-            flush=True,
-        )
+    base, full = alternate(lambda: _step(plain), step, rounds)
+    conflicts = projector.report.conflict_rate
+    moved = {
+        "fused": STATISTICS_BYTES + ADAM_BYTES + 2 * conflicts,
+        "backward": ADAM_BYTES + 2 * conflicts,
+        "separate": STATISTICS_BYTES + PROJECTION_BYTES * conflicts + ADAM_BYTES,
+    }.get(case)
+    elements = sum(local(p).numel() for p in parameters)
+    extra = sum(t.numel() * t.element_size() for t in projector.held_tensors()) / elements
+    report(case, world_size, parameters, base, full, moved, f"extra memory {extra:4.2f} B, conflicts {conflicts:.0%}")
     projector.detach()
 
 
-def measure_copy(millions: float) -> None:
-    """Bytes/s of a plain copy: what memory gives."""
-    source = torch.randn(int(millions * 1e6))
-    target = torch.empty_like(source)
-    best = min(_timed(lambda: target.copy_(source)) for _ in range(5))
-    print(f"plain copy: {2 * source.numel() * 4 / best / 1e9:.1f} GB/s", flush=True)
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
 
 
-def _timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def report(
+    case: str,
+    world_size: int,
+    parameters: list[nn.Parameter],
+    base: float,
+    full: float,
+    moved: float | None,
+    notes: str,
+) -> None:
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    elements = sum(local(p).numel() for p in parameters)
+    speed = "" if moved is None else f"{moved * elements / full / 1e9:5.1f} GB/s"
+    print(
+        f"{case:9s} ratio {full / base:5.2f}   AdamW {base * 1e3:7.1f} ms ({ADAM_BYTES * elements / base / 1e9:4.1f} GB/s)  "
+        f"with method {full * 1e3:7.1f} ms {speed:11s}  {world_size} process(es), {len(parameters)} layers, "
+        f"{elements / 1e6:.1f} M parameters each  {notes}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=float, default=100, help="parameters, in millions (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=None, help="equal layers instead of transformer blocks")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind (default: %(default)s)")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, help="(default: all)")
     options = parser.parse_args()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world_size > 1:
         dist.init_process_group()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    if int(os.environ.get("RANK", "0")) == 0:
-        measure_copy(options.millions)
-    for method in (DiGraP(strength_lr=1e-2), DiGraPUpdate(strength_lr=1e-2)):
-        measure(method, options.millions, options.rounds, world_size)
+    if rank == 0:
+        size = min(int(options.millions * 1e6), 100_000_000)
+        copy, read = copy_gigabytes_per_second(size), read_gigabytes_per_second(size)
+        print(f"plain copy {copy:.1f} GB/s, plain read {read:.1f} GB/s", flush=True)
+    torch.manual_seed(0)
+    model = make_model(options.millions, options.layers)
+    with tempfile.TemporaryDirectory() as folder:
+        # Stored as checkpoints are, in bfloat16, and near zero: displacement ≈ the weights. Ranks may sit on several hosts.
+        save_file(
+            {n: (p.detach() * 0.1).bfloat16() for n, p in model.named_parameters()}, f"{folder}/model.safetensors"
+        )
+        if world_size > 1:
+            for block in model.children():
+                fully_shard(block)
+            fully_shard(model)
+        for case in options.cases:
+            if case != "naive" or world_size == 1:
+                measure(case, model, Path(folder), options.rounds, world_size)
     if world_size > 1:
         dist.destroy_process_group()
 
