@@ -53,7 +53,8 @@ def load_hollow(
         name: torch.full((), float(name in unequal), dtype=dtype).expand(shape)
         for name, shape in stored.shapes.items()
     }
-    loaded: tuple[Any, dict[str, Any]] = type(twin).from_pretrained(
+    model_class: Any = type(twin)
+    model, info = model_class.from_pretrained(
         None,
         config=config,
         state_dict=stand_ins,
@@ -61,7 +62,6 @@ def load_hollow(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    model, info = loaded
     model.name_or_path = model.config.name_or_path = str(folder)  # PEFT notes it in an adapter's config
     if model.can_generate():
         model.generation_config = _generation_config(folder)

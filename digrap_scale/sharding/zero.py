@@ -220,6 +220,7 @@ class Zero3Engine(Engine):
                 read=dist.get_rank() == 0,
             )
             scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+            deepspeed.init_distributed(dist_init_required=False)  # else its config believes in a world of one
             deepspeed.zero.Init(module=one_at_a_time, config_dict_or_path=config)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(self.device)
