@@ -23,9 +23,7 @@ from tests.models.tiny import make_config
 def config_of(folder: str, task: str, sharding: dict[str, Any], **model: Any) -> Config:
     config = make_config(folder, task, **model)
     training = config.training.model_copy(update={"global_batch_samples": 12})
-    return config.model_copy(
-        update={"sharding": config.sharding.model_copy(update=sharding), "training": training}
-    )
+    return config.model_copy(update={"sharding": config.sharding.model_copy(update=sharding), "training": training})
 
 
 def start(config: Config, classes: int | None, sliced: bool, momentum: float = 0.9) -> Engine:
@@ -102,18 +100,35 @@ class PrivateMemory:
         raise AssertionError("no RssAnon in /proc/self/status")
 
 
-def measure(warm_up: Config, configs: dict[str, Config], ways: list[bool]) -> dict[str, Any]:
-    """Peak private memory and seconds of building and wrapping, by case and way; the first start imports what it needs."""
-    start(warm_up, 3, sliced=True)
+def measure(warm_up: list[Config], configs: dict[str, Config], ways: list[bool]) -> dict[str, Any]:
+    """Of building and wrapping, by case and way: the peak of private memory, the one before DeepSpeed makes its own copies
+    of the shards, and seconds. The first starts, which are not measured, import what is needed."""
+    import deepspeed
+
+    for config in warm_up:
+        start(config, 3, sliced=True)
     found: dict[str, Any] = {}
+    initialize = deepspeed.initialize
     for name, config in configs.items():
         for sliced in ways:
+            gc.collect()
             dist.barrier()
             began = time.perf_counter()
             with PrivateMemory() as memory:
+                sharded: list[int] = []
+
+                def noted(*args: Any, memory: Any = memory, sharded: Any = sharded, **options: Any) -> Any:
+                    sharded.append(memory.peak)
+                    return initialize(*args, **options)
+
+                deepspeed.initialize = noted
                 engine = start(config, 3, sliced, momentum=0.0)
             seconds = time.perf_counter() - began
-            found[f"{name} {sliced}"] = {"peak": memory.peak, "seconds": seconds}
+            deepspeed.initialize = initialize
+            found[f"{name} {sliced}"] = {
+                "peak": memory.peak,
+                "sharded": (sharded or [memory.peak])[0],
+                "seconds": seconds,
+            }
             del engine
-            gc.collect()
     return found
