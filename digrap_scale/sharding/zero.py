@@ -201,17 +201,15 @@ class Zero3Engine(Engine):
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         # It trains low-precision copies of the weights, and makes its float32 masters of those: masters and frozen
         # weights keep what the checkpoint says. It is read again where it can be, so that no rank holds it whole.
-        self._stored = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        hollow = any(parameter.is_meta for parameter in model.parameters())
         exact = {
-            name: p.detach().clone()
-            for name, p in model.named_parameters()
-            if self._low_precision and name not in self._stored
+            name: p.detach().clone() for name, p in model.named_parameters() if self._low_precision and not p.is_meta
         }
         self._frozen = {
             name: exact[name] for name, p in model.named_parameters() if name in exact and not p.requires_grad
         }
         config = self.deepspeed_config()
-        if self._stored:
+        if hollow:
             one_at_a_time = OneAtATime(
                 model,
                 self.slices,

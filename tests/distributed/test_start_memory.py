@@ -56,10 +56,10 @@ def measured(
         case: {key: max(rank[case][key] for rank in ranks) for key in ("sharded", "peak", "seconds")}
         for case in ranks[0]
     }
+    print(f"model {4 * elements / MIB:.0f} MiB in float32")
     for case, found in worst.items():
-        print(
-            f"{case}: sharded {found['sharded'] / MIB:.0f} MiB, peak {found['peak'] / MIB:.0f} MiB, {found['seconds']:.2f} s; model {4 * elements / MIB:.0f} MiB"
-        )
+        sharded, peak = found["sharded"] / MIB, found["peak"] / MIB
+        print(f"{case}: until sharded {sharded:.0f} MiB, peak {peak:.0f} MiB, {found['seconds']:.1f} s")
     return worst, elements, largest
 
 
