@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+
+# (name, start, stop) → elements [start, stop) of the flattened tensor of that name: [stop − start].
+Slices = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,20 @@ class Batch:
             None if self.labels is None else self.labels.to(device, non_blocking=True),
             self.keys,
         )
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """An open checkpoint as one model sees it; nothing of it is in memory before ``read``.
+
+    Attributes:
+        shapes: the file's names → shapes.
+        file_names: names in the model → the file's name for the same tensor, unchanged but for its dtype.
+        converted: the file's names of tensors that are merged, split or reshaped on their way into the model.
+        read: (file's name, start, stop) → elements [start, stop) of the flattened tensor, in the file's dtype.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    file_names: Mapping[str, str]
+    converted: Sequence[str]
+    read: Slices

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -66,8 +67,20 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{folder}: expected adapter_model.safetensors (model.lora is set), found none")
     try:
-        outcome: Any = set_peft_model_state_dict(model, load_file(file))
+        tensors = load_file(file)
+        _give_memory(model, set(tensors))
+        outcome: Any = set_peft_model_state_dict(model, tensors)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{file}: does not fit the model: {' '.join(str(error).split())[:400]}") from error
     if outcome.unexpected_keys:
         raise CheckpointError(f"{file}: {outcome.unexpected_keys[0]!r} is no part of the model's adapter")
+
+
+def _give_memory(model: nn.Module, saved: set[str]) -> None:
+    """Real tensors for copies on the meta device that the adapter's file has values for (what is not there stays)."""
+    for prefix, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{prefix}.{key}"
+            if parameter.is_meta and SAVED_COPY in name and name.replace(SAVED_COPY, "") in saved:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, key, nn.Parameter(empty, requires_grad=parameter.requires_grad))

@@ -6,6 +6,7 @@ Our own towers are known to the Auto classes by importing ``models.towers``. Wei
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,16 @@ from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.adapters import add_lora, original_name
 from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
 from digrap_scale.models.groups import build_groups, describe_groups
+from digrap_scale.models.hollow import hollow_out, load_hollow, obstacle, renamed
 from digrap_scale.models.towers import TextTable
 from digrap_scale.models.towers.text_table import TEXTS_FILE
+from digrap_scale.types import Slices, StoredWeights
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _SHOWN_TENSORS = 8
+
+# A folder and a model of its architecture without weights → the folder's checkpoint, opened.
+OpenWeights = Callable[[Path, PreTrainedModel], StoredWeights]
 
 
 @dataclass
@@ -42,12 +48,14 @@ class BuiltModel:
     """A model, ready to shard and to train, and what belongs to it.
 
     Attributes:
-        model: on the CPU, in ``model.dtype``; adapters added, parameters frozen.
+        model: on the CPU, in ``model.dtype``; adapters added, parameters frozen. With ``slices``, parameters that the
+            checkpoint has are on the meta device.
         processor: the image processor, or None if the folder has none.
         tokenizer: the tokenizer, or None if the folder has none.
         checkpoint_folder: where the pre-trained safetensors are.
         new_parameters: names (of ``model``) that the checkpoint has no value for: a new head. They have no reference.
         report: lines that tell what regexes and options did.
+        slices: reads elements of the parameters on the meta device, by their names in ``model``; None if there are none.
     """
 
     model: nn.Module
@@ -56,9 +64,10 @@ class BuiltModel:
     checkpoint_folder: Path
     new_parameters: set[str] = field(default_factory=set)
     report: list[str] = field(default_factory=list)
+    slices: Slices | None = None
 
 
-def build_model(config: Config, num_classes: int | None) -> BuiltModel:
+def build_model(config: Config, num_classes: int | None, open_weights: OpenWeights | None = None) -> BuiltModel:
     """Builds the model of ``model.path`` with its pre-trained weights.
 
     Parameters that start new (head, adapters) are drawn from ``run.seed``, so they are equal on every rank.
@@ -66,6 +75,8 @@ def build_model(config: Config, num_classes: int | None) -> BuiltModel:
     Args:
         config: the run.
         num_classes: outputs of a classifier; None keeps the checkpoint's.
+        open_weights: opens the checkpoint, so that its parameters take no memory here: an engine reads each rank's
+            slices of them. A checkpoint that can only be loaded whole is, and ``report`` says why. None: load it whole.
 
     Raises:
         ConfigError: no such path or hub id, a head of another size without ``model.new_head``, a regex without a match.
@@ -76,10 +87,17 @@ def build_model(config: Config, num_classes: int | None) -> BuiltModel:
     model_config = _read_config(folder, settings, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.run.seed)
-        model, new = _load(folder, model_config, settings)
-        report = [f"new head: {name}" for name in sorted(new)]
+        twin, stored = None, None
+        report: list[str] = []
+        if open_weights is not None:
+            twin, stored, report = _open(folder, model_config, settings, open_weights)
+        model, new = _load(folder, model_config, settings, twin, stored)
+        report += [f"new head: {name}" for name in sorted(new)]
         wrapped: nn.Module = model
+        unstored = set(new)
         if settings.lora is not None:
+            if stored is not None:  # what PEFT copies, it copies without memory
+                hollow_out(model, stored, unstored, settings.lora.modules_to_save)
             wrapped = add_lora(model, settings.lora)
             new = {name for name, _ in wrapped.named_parameters() if original_name(name) in new}
     report += apply_freezing(wrapped, settings)
@@ -91,8 +109,9 @@ def build_model(config: Config, num_classes: int | None) -> BuiltModel:
         layers = freeze_batch_norm(wrapped)
         if layers:
             report.append(f"model.batch_norm: the statistics of {layers} layers are frozen")
+    slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
     processor = _optional(AutoImageProcessor, folder, settings, ("preprocessor_config.json", "processor_config.json"))
-    return BuiltModel(wrapped, processor, load_tokenizer(folder, settings), folder, new, report)
+    return BuiltModel(wrapped, processor, load_tokenizer(folder, settings), folder, new, report, slices)
 
 
 def resolve_folder(settings: ModelConfig, weights: bool = True) -> Path:
@@ -141,18 +160,45 @@ def _auto_class(settings: ModelConfig) -> Any:
     return AutoModelForImageClassification if settings.task == "classification" else AutoModel
 
 
-def _load(folder: Path, config: PreTrainedConfig, settings: ModelConfig) -> tuple[PreTrainedModel, set[str]]:
-    """The model with its weights, and the names that start new."""
+def _open(
+    folder: Path, config: PreTrainedConfig, settings: ModelConfig, open_weights: OpenWeights
+) -> tuple[PreTrainedModel | None, StoredWeights | None, list[str]]:
+    """The architecture without weights and the checkpoint, if its tensors can be read slice by slice; else why not."""
+    why = obstacle(folder, config)
+    if why is None:
+        try:
+            twin = meta_model(config, settings)
+            stored = open_weights(folder, twin)
+        except (CheckpointError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {_one_line(error)}") from error
+        if not stored.converted:
+            return twin, stored, []
+        why = f"{len(stored.converted)} of its tensors are merged or split on their way in ({stored.converted[0]})"
+    return None, None, [f"model.path: every process loads the whole checkpoint: {why}"]
+
+
+def _load(
+    folder: Path,
+    config: PreTrainedConfig,
+    settings: ModelConfig,
+    twin: PreTrainedModel | None,
+    stored: StoredWeights | None,
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model with its weights (stand-ins for those that are stored), and the names that start new."""
+    dtype = getattr(torch, settings.dtype)
     try:
-        model, info = _auto_class(settings).from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=True,
-            trust_remote_code=settings.trust_remote_code,
-            ignore_mismatched_sizes=True,  # judged below, tensor by tensor
-            output_loading_info=True,
-        )
+        if twin is not None and stored is not None:
+            model, info = load_hollow(twin, folder, config, dtype, stored)
+        else:
+            model, info = _auto_class(settings).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=settings.trust_remote_code,
+                ignore_mismatched_sizes=True,  # judged below, tensor by tensor
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {_one_line(error)}") from error
     differing = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}

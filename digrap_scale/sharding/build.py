@@ -17,14 +17,23 @@ from digrap_scale.sharding.ddp import DDPBackend, DDPEngine
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.sharding.fsdp2 import FSDP2Backend, FSDP2Engine
 from digrap_scale.sharding.zero import Zero3Backend, Zero3Engine
+from digrap_scale.types import Slices
 
 ENGINES: dict[str, type[Engine]] = {"single": Engine, "ddp": DDPEngine, "fsdp2": FSDP2Engine, "zero3": Zero3Engine}
 
 
 def build_engine(
-    model: nn.Module, make_optimizer: MakeOptimizer, config: Config, device: torch.device, world_size: int
+    model: nn.Module,
+    make_optimizer: MakeOptimizer,
+    config: Config,
+    device: torch.device,
+    world_size: int,
+    slices: Slices | None = None,
 ) -> Engine:
     """Wrap ``model`` as ``sharding.backend`` says.
+
+    Parameters of ``model`` that are on the meta device get their values from ``slices``, by their names: under fsdp2
+    and zero3 each rank holds its shards and, while it starts, one whole tensor at most.
 
     Raises:
         ConfigError: batch sizes do not fit the world size, or see the backend's engine.
@@ -36,7 +45,7 @@ def build_engine(
             f"training.global_batch_samples: expected a multiple of micro_batch_samples × processes = {share}, found "
             f"{training.global_batch_samples}"
         )
-    return ENGINES[config.sharding.backend](model, make_optimizer, config, device, world_size)
+    return ENGINES[config.sharding.backend](model, make_optimizer, config, device, world_size, slices)
 
 
 def is_deepspeed_engine(model: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
+from digrap_scale.sharding.materialize import materialize
 
 
 class DDPBackend(Backend):
@@ -34,6 +35,7 @@ class DDPEngine(Engine):
     """DDP; gradients are reduced in the last micro-batch only."""
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        materialize(model, self.slices, self.device)
         model = model.to(self.device)
         self.optimizer = make_optimizer(model)
         # Vision towers often have layers that the loss does not reach (a last layer that is not used, a pooling head).

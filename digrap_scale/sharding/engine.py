@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from digrap_scale.config.schema import Config
+from digrap_scale.sharding.materialize import materialize
+from digrap_scale.types import Slices
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -24,13 +26,20 @@ class Engine:
         optimizer: holds the parameter groups whose learning rates the schedule sets.
         device: where batches go.
         accumulation_steps: micro-batches of one optimizer step.
+        slices: reads the values of parameters that came on the meta device.
         skips_steps: whether it may skip a step (overflow) without calling the optimizer.
     """
 
     skips_steps = False
 
     def __init__(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, config: Config, device: torch.device, world_size: int
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        config: Config,
+        device: torch.device,
+        world_size: int,
+        slices: Slices | None = None,
     ) -> None:
         self.device = device
         self.config = config
@@ -39,9 +48,11 @@ class Engine:
         self.micro_batch_samples = micro
         self.accumulation_steps = config.training.global_batch_samples // (micro * world_size)
         self.module = model
+        self.slices = slices
         self._wrap(model, make_optimizer)
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        materialize(model, self.slices, self.device)
         self.model: Any = model.to(self.device)
         self.optimizer: Any = make_optimizer(self.model)
 

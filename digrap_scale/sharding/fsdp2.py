@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals
+from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals, unwrapped_name
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
-from digrap_scale.types import ShardSpec
+from digrap_scale.sharding.materialize import fill_, local_numel_before, materialize
+from digrap_scale.types import ShardSpec, Slices
 
 
 class FSDP2Backend(Backend):
@@ -81,8 +82,7 @@ class FSDP2Backend(Backend):
         return axes[0]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        detached = tensor.detach()
-        return detached.to_local() if isinstance(detached, DTensor) else detached
+        return _local(tensor)
 
     def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
         for name, parameter, _ in self._trained:
@@ -120,6 +120,7 @@ class FSDP2Engine(Engine):
             param_dtype=torch.bfloat16 if sharding.mixed_precision == "bfloat16" else None,
             reduce_dtype=torch.float32 if sharding.mixed_precision == "bfloat16" else None,
         )
+        materialize(model, self.slices, self.device, only_scalars=True)
         # fully_shard refuses 0-d parameters (CLIP's logit_scale): they stay whole on every rank.
         self._scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         for module in [*blocks_to_wrap(model, sharding.wrap), model]:
@@ -132,6 +133,7 @@ class FSDP2Engine(Engine):
             )
         for parameter in self._scalars:
             parameter.data = parameter.data.to(self.device)
+        fill_shards(model, self.slices, self.device)
         self.model = model
         self.optimizer = make_optimizer(model)
         _separate_plain_tensors(self.optimizer)
@@ -153,6 +155,38 @@ class FSDP2Engine(Engine):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.model, options=options)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def fill_shards(model: nn.Module, slices: Slices | None, device: torch.device) -> None:
+    """Give memory on ``device`` to the shards that ``fully_shard`` left on the meta device, and values: each rank its own.
+
+    Everything else (a new head's shards, buffers) keeps its values.
+    """
+    hollow = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    if not hollow:
+        return
+    real = {
+        name: _local(tensor).clone()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if name not in hollow
+    }
+    model.to_empty(device=device)  # the only way that fully_shard's own references follow; it empties all
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in real:
+                _local(tensor).copy_(real.pop(name))
+                continue
+            assert slices is not None, f"{name}: on the meta device, and nothing to read it from"
+            assert isinstance(tensor, DTensor)
+            axis = FSDP2Backend._shard_axis(name, tensor)
+            mesh = tensor.device_mesh
+            before = local_numel_before(tensor.shape[0], tensor.numel(), mesh.size(axis), mesh.get_local_rank(axis))
+            fill_(tensor.to_local(), slices, unwrapped_name(name), before)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def _separate_plain_tensors(optimizer: Optimizer) -> None:

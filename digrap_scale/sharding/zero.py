@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals, nonfinite_names, unwrapped_name
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
+from digrap_scale.sharding.materialize import OneAtATime, fill_, read_whole
 from digrap_scale.types import ShardSpec, ShardView
 
 
@@ -200,29 +201,58 @@ class Zero3Engine(Engine):
             ) from error
         self._last = True
         self._low_precision = self.config.sharding.mixed_precision == "bfloat16"
-        # The engine casts buffers with the weights; BatchNorm's statistics are kept as they were.
+        # The engine may cast buffers; BatchNorm's statistics are kept as they were.
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        # So it does with the weights, before it makes its float32 masters of them: both keep what the checkpoint says.
-        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if self._low_precision else {}
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        # It trains low-precision copies of the weights, and makes its float32 masters of those: masters and frozen
+        # weights keep what the checkpoint says. It is read again where it can be, so that no rank holds it whole.
+        hollow = any(parameter.is_meta for parameter in model.parameters())
+        exact = {
+            name: p.detach().clone() for name, p in model.named_parameters() if self._low_precision and not p.is_meta
+        }
         self._frozen = {
             name: exact[name] for name, p in model.named_parameters() if name in exact and not p.requires_grad
         }
-        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        # DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is
-        # 1-d until it is partitioned, and gathered in its own shape from then on.
-        scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-        for parameter in scalars:
-            parameter.data = parameter.data.view(1)
+        config = self.deepspeed_config()
+        if hollow:
+            one_at_a_time = OneAtATime(
+                model,
+                self.slices,
+                torch.bfloat16 if self._low_precision else None,
+                self.device,
+                read=dist.get_rank() == 0,
+            )
+            scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+            deepspeed.init_distributed(dist_init_required=False)  # else its config believes in a world of one
+            deepspeed.zero.Init(module=one_at_a_time, config_dict_or_path=config)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.device)
+        else:
+            scalars = self._scalars_as_vectors(model)
         self.model, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(model), config=self.deepspeed_config(), dist_init_required=False
+            model=model, optimizer=make_optimizer(model), config=config, dist_init_required=False
         )
-        for parameter in scalars:
-            parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
+        named = dict(self.model.module.named_parameters())
+        for name in scalars:
+            named[name].ds_shape = torch.Size(())
         self.optimizer = self.model.optimizer.optimizer
-        if exact:
+        if self._low_precision:
             backend = Zero3Backend(self.model)
             for spec, master in zip(backend.specs, backend.weights(), strict=True):
-                master.copy_(exact[spec.name].reshape(-1)[spec.start : spec.stop])
+                if spec.name in exact:
+                    master.copy_(exact[spec.name].reshape(-1)[spec.start : spec.stop])
+                else:
+                    assert self.slices is not None
+                    fill_(master, self.slices, spec.name, spec.start)
+
+    @staticmethod
+    def _scalars_as_vectors(model: nn.Module) -> list[str]:
+        """DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is
+        1-d until it is partitioned, and gathered in its own shape from then on. Returns their names."""
+        scalars = [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim == 0]
+        for _, parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        return [name for name, _ in scalars]
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config that this run's config amounts to."""
@@ -268,11 +298,19 @@ class Zero3Engine(Engine):
 
         first = dist.get_rank() == 0
         full: dict[str, torch.Tensor] = {}
+        own_name = {id(parameter): name for name, parameter in self.model.module.named_parameters()}
         for name, parameter in self.model.module.named_parameters(remove_duplicate=False):
+            own = own_name[id(parameter)]
             if parameter.requires_grad:
                 value = safe_get_full_fp32_param(parameter)
-            elif name in self._frozen:
-                value = self._frozen[name]
+            elif own in self._frozen:
+                value = self._frozen[own]
+            elif self._low_precision:
+                if not first:
+                    continue
+                assert self.slices is not None
+                shape = parameter.ds_shape
+                value = read_whole(self.slices, own, shape, self._dtypes[name], torch.device("cpu"))
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     value = parameter.detach().clone()

@@ -28,6 +28,7 @@ from digrap_scale.models.adapters import load_adapter
 from digrap_scale.models.build import BuiltModel, build_model
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.projector import Projector, attach
+from digrap_scale.reference.initial import open_weights
 from digrap_scale.sharding.build import build_engine
 from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.log import RunLog, read_status
@@ -136,12 +137,12 @@ def count_steps(config: Config, samples: int) -> int:
 
 def _build(config: Config, here: Place, adapter: Path | None = None) -> _Run:
     classes = required_classes(config) if config.data.classes is not None else None
-    built = build_model(config, len(classes.names) if classes is not None else None)
+    built = build_model(config, len(classes.names) if classes is not None else None, open_weights)
     if adapter is not None:
         load_adapter(built.model, adapter)
     model_class = type(built.model)
     engine = build_engine(
-        built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size
+        built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size, built.slices
     )
     seed_everything(config.run.seed, here.rank)
     task = build_task(config, built.processor, built.tokenizer, train=False) if classes is not None else None
