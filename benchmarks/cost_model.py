@@ -1,0 +1,99 @@
+"""What a step of DiGraP costs on many GPUs, from bytes, collectives and latencies: a written model, not a measurement.
+
+    python benchmarks/cost_model.py --billions 3 --layers 600
+
+docs/scaling.md says what each assumption is and where it could be checked. Change an assumption by its option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+# Bytes moved a parameter in float32 masters, bfloat16 reference.
+ADAM = 28  # read g, θ, m, v; write θ, m, v
+STATISTICS = 18  # read g, θ, θ₀, m, v
+STATISTICS_STORED = 14  # read g, θ, θ₀, θ_{t-2}
+PROJECTION = 14  # read g, θ, θ₀; write g
+FUSED_EXTRA = 2  # θ₀, in AdamW's own pass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Assumptions.
+
+    Attributes:
+        memory_gb_s: what a kernel gets of a GPU's memory.
+        launch_us: the host's time to launch one kernel of ours (the compiled call's guards included).
+        hop_us: latency of one hop of an all-reduce, between hosts.
+        gpus_per_host: hops inside a host cost a tenth.
+        conflicts: share of parameters in layers that are in conflict.
+    """
+
+    memory_gb_s: float
+    launch_us: float
+    hop_us: float
+    gpus_per_host: int
+    conflicts: float
+
+
+def step_ms(parameters: float, layers: int, gpus: int, machine: Machine, form: str) -> dict[str, float]:
+    """Milliseconds a step on one GPU: what AdamW takes, what DiGraP adds by kind, and bytes that cross ranks."""
+    local = parameters / gpus
+
+    def pass_ms(bytes_a_parameter: float) -> float:
+        return local * bytes_a_parameter / (machine.memory_gb_s * 1e9) * 1e3
+
+    # Each layer has one kernel a pass; a pass takes as long as its bytes or its launches, whichever is longer.
+    launches = layers * machine.launch_us / 1e3
+    hosts = max(1, gpus // machine.gpus_per_host)
+    hops_us = (
+        2 * (math.log2(hosts) + 0.1 * math.log2(min(gpus, machine.gpus_per_host))) * machine.hop_us if gpus > 1 else 0
+    )
+    reduce_ms = hops_us / 1e3 + layers * 32 * 2 / 25e9 * 1e3  # a tree; 25 GB/s between hosts
+    adam = pass_ms(ADAM)
+    statistics = max(pass_ms(STATISTICS), launches)
+    if form == "separate":
+        added = statistics + max(pass_ms(PROJECTION * machine.conflicts), launches * machine.conflicts)
+    elif form == "fused":
+        added = statistics + max(pass_ms(ADAM + FUSED_EXTRA * machine.conflicts), launches) - adam
+    else:  # backward: the statistics are hidden
+        added = max(pass_ms(ADAM + FUSED_EXTRA * machine.conflicts), launches) - adam
+    return {"adam": adam, "added": added + reduce_ms, "reduce": reduce_ms, "bytes": layers * 32.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--billions", type=float, default=3.0, help="trained parameters (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=600, help="tensors (default: %(default)s)")
+    parser.add_argument("--memory-gb-s", type=float, default=1600.0, help="(default: %(default)s)")
+    parser.add_argument("--launch-us", type=float, default=30.0, help="(default: %(default)s)")
+    parser.add_argument("--hop-us", type=float, default=15.0, help="(default: %(default)s)")
+    parser.add_argument("--gpus-per-host", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--conflicts", type=float, default=0.5, help="(default: %(default)s)")
+    parser.add_argument("--tokens-per-gpu", type=float, default=8192, help="tokens of one step (default: %(default)s)")
+    parser.add_argument("--tflops", type=float, default=250.0, help="that training reaches (default: %(default)s)")
+    options = parser.parse_args()
+    machine = Machine(options.memory_gb_s, options.launch_us, options.hop_us, options.gpus_per_host, options.conflicts)
+    compute_ms = 6 * options.billions * 1e9 * options.tokens_per_gpu / (options.tflops * 1e12) * 1e3
+    print(f"{options.billions:g} B parameters, {options.layers} layers, forward and backward {compute_ms:.0f} ms\n")
+    print(
+        "| GPUs | AdamW ms | separate + ms | fused + ms | backward + ms | of these all-reduce ms | of a step, separate |"
+    )
+    print("|--:|--:|--:|--:|--:|--:|--:|")
+    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+        rows = {
+            form: step_ms(options.billions * 1e9, options.layers, gpus, machine, form)
+            for form in ("separate", "fused", "backward")
+        }
+        adam = rows["separate"]["adam"]
+        share = rows["separate"]["added"] / (compute_ms + adam)
+        print(
+            f"| {gpus} | {adam:.2f} | {rows['separate']['added']:.2f} | {rows['fused']['added']:.2f} | "
+            f"{rows['backward']['added']:.2f} | {rows['separate']['reduce']:.2f} | {100 * share:.1f} % |"
+        )
+
+
+if __name__ == "__main__":
+    main()
