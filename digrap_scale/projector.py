@@ -25,7 +25,7 @@ from digrap_scale.method.build import build_method
 from digrap_scale.method.kernels import choose_kernels
 from digrap_scale.reference.names import tied_aliases
 from digrap_scale.reference.resolve import Reference, resolve_reference
-from digrap_scale.sharding.base import Backend, unwrapped_name
+from digrap_scale.sharding.base import Backend, closure_first, unwrapped_name
 from digrap_scale.sharding.build import detect_backend, is_deepspeed_engine, unwrap
 from digrap_scale.sharding.previous import KeptWeights, PreviousWeights, RecomputedWeights, can_recompute
 from digrap_scale.types import ShardView
@@ -80,7 +80,8 @@ class Projector:
         self._idle = False
         method.prepare(projected_L)
         _attached.update(backend.hooked)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
+        self._handles = [optimizer.register_step_pre_hook(closure_first) for optimizer in backend.hooked]
+        self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in backend.hooked]
 
     # The walk.
