@@ -9,7 +9,6 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_batches, make_toy, pure_loss
 from tests.distributed.training_runs import (
     DECAY,
-    GLOBAL_BATCH,
     LR,
     STEPS,
     Case,
@@ -38,7 +37,7 @@ def expected(case: Case) -> Reference:
         max_grad_norm=case.max_grad_norm,
         **options,
     )
-    return run(reference, lambda w, batch: pure_loss({**w, **frozen}, batch), make_batches(case.steps, GLOBAL_BATCH))
+    return run(reference, lambda w, batch: pure_loss({**w, **frozen}, batch), make_batches(case.steps, case.samples))
 
 
 def compare(case: Case, got: dict, reference: Reference, tolerance: float = TOLERANCE) -> None:
