@@ -59,6 +59,30 @@ def _batch_norm(batch_norm: str, backend: str) -> Iterable[Problem]:
         )
 
 
+def _fsdp2_only(backend: str, wrap: Sequence[str], reshard: bool, replicas: int) -> Iterable[Problem]:
+    if backend == "fsdp2":
+        return
+    for key, given, default in (
+        ("wrap", list(wrap), []),
+        ("reshard_after_forward", reshard, True),
+        ("replicas", replicas, 1),
+    ):
+        if given != default:
+            shown = str(given).lower() if isinstance(given, bool) else given
+            yield (
+                ("sharding", key),
+                f"expected no value with sharding.backend `{backend}`, found {shown}; only fsdp2 has it",
+            )
+
+
+def _offload(backend: str, offload: str) -> Iterable[Problem]:
+    if offload != "none" and backend in ("single", "ddp"):
+        yield (
+            ("sharding", "offload"),
+            f"expected `none` with sharding.backend `{backend}`, found `{offload}`; set backend fsdp2 or zero3",
+        )
+
+
 def _target(target: str, task: str, classes: str | None) -> Iterable[Problem]:
     if target == "caption" and task != "contrastive":
         yield (
@@ -141,6 +165,8 @@ CHECKS = (
     Check(("schedule.warmup_steps", "training.steps"), _warmup),
     Check(("model.freeze", "model.train_only"), _trained),
     Check(("model.batch_norm", "sharding.backend"), _batch_norm),
+    Check(("sharding.backend", "sharding.wrap", "sharding.reshard_after_forward", "sharding.replicas"), _fsdp2_only),
+    Check(("sharding.backend", "sharding.offload"), _offload),
     Check(("data.target", "model.task", "data.classes"), _target),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),

@@ -245,6 +245,17 @@ class ShardingConfig(Section):
     reshard_after_forward: bool = Field(
         default=True, description="FSDP2: free a block's full weights after its forward."
     )
+    replicas: PositiveInt = Field(
+        default=1,
+        description=(
+            "FSDP2: copies of the sharded model (HSDP); the number of processes must be a multiple, and neighbouring ranks "
+            "share one copy."
+        ),
+    )
+    offload: Literal["none", "cpu"] = Field(
+        default="none",
+        description=("Where masters and optimizer state live: `cpu` keeps them in host memory (fsdp2, zero1/2/3)."),
+    )
     mixed_precision: Literal["none", "bfloat16"] = Field(
         default="none",
         description="Dtype of compute and gradient reduction; the weights that are stepped keep `model.dtype`.",

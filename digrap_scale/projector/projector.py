@@ -24,7 +24,7 @@ from digrap_scale.projector.early import EarlyStatistics
 from digrap_scale.projector.report import StepReport
 from digrap_scale.reference.placement import Piece, ReferenceShards
 from digrap_scale.sharding.adam import begin_adam_step
-from digrap_scale.sharding.base import Backend
+from digrap_scale.sharding.base import Backend, closure_first
 from digrap_scale.sharding.previous import PreviousWeights
 from digrap_scale.types import ShardView
 
@@ -66,7 +66,8 @@ class Projector:
         method.prepare(projected_L)
         self._early = EarlyStatistics(backend, self._measure) if early else None
         attached.update(backend.hooked)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
+        self._handles = [optimizer.register_step_pre_hook(closure_first) for optimizer in backend.hooked]
+        self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in backend.hooked]
 
     # The walk.

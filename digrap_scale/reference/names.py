@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from digrap_scale.errors import CheckpointError
+from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.types import ShardSpec
 
@@ -34,9 +34,13 @@ def match_names(
         not_projected: names of layers that need no reference (a new head); they are left out.
 
     Raises:
+        ConfigError: a ``rename`` whose regex is found in no name.
         CheckpointError: layers without a tensor, or with one of another shape; the message is the whole diff.
     """
     exempt = set(not_projected)
+    # Frozen parameters count, too: a rename need not change with what is trained.
+    everything = [name for name, _ in model.named_parameters()]
+    _refuse_idle(rename, everything + [alias for spec in specs for alias in aliases.get(spec.name, [spec.name])])
     by_model_name = _file_names_by_model_name(model, reader)
     found: dict[str, list[str]] = {}
     missing: list[str] = []
@@ -60,6 +64,16 @@ def match_names(
     if missing or reshaped:
         raise CheckpointError(_diff(reader, missing, reshaped, {name for names in found.values() for name in names}))
     return found
+
+
+def _refuse_idle(rename: Mapping[str, str], names: Sequence[str]) -> None:
+    """A regex that matches nothing is a slip: names would go on unchanged, as if it were not there."""
+    for pattern, replacement in rename.items():
+        if not any(re.search(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            hint = f"; nearest: {near[0]}" if near else ""
+            raise ConfigError(f"reference.rename: {pattern!r} matches no parameter of the model{hint}")
+        names = [re.sub(pattern, replacement, name) for name in names]
 
 
 def _find(

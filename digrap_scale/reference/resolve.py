@@ -53,6 +53,9 @@ def resolve_reference(
         ConfigError: no reference where layers need one, a mapping of none of them, or a streamed one that is no file.
         CheckpointError: the reference does not fit the model.
     """
+    if rename and (reference is None or isinstance(reference, Mapping) or str(reference) in ("initial", "zero")):
+        word = "a mapping" if isinstance(reference, Mapping) else "adapters at zero" if reference is None else reference
+        raise ConfigError(f"reference.rename: maps names of a file, but the reference is {word}; remove it")
     slices: list[torch.Tensor | None] = [None] * len(weights)
     adapters = {spec.name for spec in specs if _ADAPTER.search(spec.name)}
     others = [spec for spec in specs if spec.name not in adapters and spec.name not in exempt]

@@ -51,6 +51,38 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[tuple[str
     return found
 
 
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Optimizers that step hooks cannot serve.
+
+    Raises:
+        ConfigError: LBFGS (and subclasses), or ``differentiable=True``.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "optimizer: LBFGS takes new gradients within one step(), which no hook sees, and its inner products are those of "
+            "one rank's shards; use AdamW, Adam or SGD"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ConfigError(
+            "optimizer: differentiable=True is not supported (the projection changes gradients in place, outside autograd); "
+            "set differentiable=False"
+        )
+
+
+def closure_first(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """A step pre hook: evaluate ``step(closure)``'s closure before the hooks that read gradients (Lightning passes one).
+
+    ``args`` begins with the optimizer itself, as torch's hooks are called. What the optimizer is then given only
+    returns the loss again.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    return args[:1], {**kwargs, "closure": lambda: loss}
+
+
 class Backend:
     """Plain tensors in one process, and the base of the others.
 

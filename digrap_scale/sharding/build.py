@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from digrap_scale.config.schema import Config
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend
+from digrap_scale.sharding.base import Backend, refuse_optimizer
 from digrap_scale.sharding.ddp import DDPBackend, DDPEngine
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.sharding.fsdp2 import FSDP2Backend, FSDP2Engine
@@ -77,6 +77,7 @@ def detect_backend(model: Any, optimizer: Optimizer | None) -> Backend:
             f"optimizer: expected one torch optimizer, found {type(optimizer).__name__}; "
             "of several, attach to each by itself"
         )
+    refuse_optimizer(optimizer)
     while "_orig_mod" in model._modules:
         model = model._modules["_orig_mod"]  # torch.compile, maybe around DDP
     if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
@@ -26,9 +26,15 @@ from digrap_scale.types import ShardSpec, Slices
 class FSDP2Backend(Backend):
     """Statistics are summed over the mesh dimension that shards; replicas (HSDP's other dimension) reduce nothing.
 
+    Replicas agree in every bit of ω without a collective of their own: the all-reduce over replicas gives all of them
+    the same gradient, the same kernels on the same shard give the same statistics, and the all-reduce over the shards
+    adds them up in an order that depends on places in the group alone. The one assumption is that replicas run on the
+    same kind of processor, as it is for DDP with ``clip_grad_norm_``. To drop it, one could reduce over the whole mesh
+    with all replicas but the first counting as zeros: no collective more, but one that crosses the slow links.
+
     Raises:
-        ConfigError: a parameter's placement is no plain ``Shard(0)`` (tensor parallelism, other dims), or parameters
-            live on different meshes.
+        ConfigError: a parameter's placement is no plain ``Shard(0)`` (tensor parallelism, other dims), parameters
+            live on different meshes, or on several devices (CPU offload beside a plain tensor on the accelerator).
     """
 
     name = "fsdp2"
@@ -39,6 +45,13 @@ class FSDP2Backend(Backend):
         super().__init__(model, optimizer)
         if self._group is None:
             raise ConfigError("fsdp2: no trained parameter is sharded; call fully_shard on the model before attach()")
+        home = self.weights()[0].device
+        for spec, weight in zip(self.specs, self.weights(), strict=True):
+            if weight.device != home:
+                raise ConfigError(
+                    f"{spec.name}: lives on {weight.device}, {self.specs[0].name} on {home}; with CPU offload every trained "
+                    "parameter must be sharded: freeze it (fully_shard takes no 0-d one), or do not offload"
+                )
 
     def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
         if not isinstance(parameter, DTensor):
@@ -109,43 +122,74 @@ class FSDP2Engine(Engine):
     """``fully_shard`` on every repeated block and on the root.
 
     Raises:
-        ConfigError: ``sharding.wrap`` names a class that the model does not have, or nothing tells which blocks to wrap.
+        ConfigError: ``sharding.wrap`` names a class that the model does not have, or nothing tells which blocks to wrap; a
+            weight is tied across blocks; ``sharding.replicas`` does not divide the number of processes.
     """
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         sharding = self.config.sharding
-        mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+        mesh = self._mesh()
         policy = MixedPrecisionPolicy(
             # Gradients are summed over ranks in float32: bfloat16 sums lose what many ranks add.
             param_dtype=torch.bfloat16 if sharding.mixed_precision == "bfloat16" else None,
             reduce_dtype=torch.float32 if sharding.mixed_precision == "bfloat16" else None,
         )
         materialize(model, self.slices, self.device, only_scalars=True)
+        offload = OffloadPolicy()
+        if sharding.offload == "cpu":
+            offload = CPUOffloadPolicy(pin_memory=self.device.type != "cpu")  # pinning needs an accelerator
         # fully_shard refuses 0-d parameters (CLIP's logit_scale): they stay whole on every rank.
         self._scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-        for module in [*blocks_to_wrap(model, sharding.wrap), model]:
+        blocks = blocks_to_wrap(model, sharding.wrap)
+        refuse_split_ties(model, blocks)
+        for module in [*blocks, model]:
             fully_shard(
                 module,
                 mesh=mesh,
                 mp_policy=policy,
+                offload_policy=offload,
                 reshard_after_forward=sharding.reshard_after_forward,
                 ignored_params=set(self._scalars),
             )
         for parameter in self._scalars:
             parameter.data = parameter.data.to(self.device)
-        fill_shards(model, self.slices, self.device)
+        # Offloaded shards stay in host memory.
+        fill_shards(model, self.slices, torch.device("cpu") if sharding.offload == "cpu" else self.device)
         self.model = model
         self.optimizer = make_optimizer(model)
         _separate_plain_tensors(self.optimizer)
 
+    def _mesh(self) -> DeviceMesh:
+        """One dimension of shards, or replicas × shards: neighbouring ranks (one host) share a copy of the model."""
+        replicas = self.config.sharding.replicas
+        if self.world_size % replicas:
+            raise ConfigError(
+                f"sharding.replicas: expected a divisor of the number of processes ({self.world_size}), found {replicas}"
+            )
+        if replicas == 1:
+            return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+        shape = (replicas, self.world_size // replicas)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
     def step(self) -> None:
-        for parameter in self._scalars:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.world_size
+        grads = [parameter.grad for parameter in self._scalars if parameter.grad is not None]
+        if grads:
+            means = torch.stack(grads)
+            dist.all_reduce(means)
+            for grad, mean in zip(grads, (means / self.world_size).unbind(), strict=True):
+                grad.copy_(mean)
         super().step()
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        """Sums over the shards in every micro-batch, over the replicas in the last one.
+
+        To leave out the first sum as well (``set_requires_gradient_sync``) would keep a whole model's float32 gradients
+        on every rank, 4 bytes a parameter, which is what sharding is there to avoid; it also overlaps with backward. The
+        second one is the slow one (it crosses hosts), and what waits for it is a shard. Every block has a gradient in
+        the last micro-batch, or in none: our tasks use the whole model every time.
+        """
+        if self.config.sharding.replicas > 1:
+            self.model.set_requires_all_reduce(last)
         return nullcontext()
 
     def inference(self) -> AbstractContextManager[None]:
@@ -196,6 +240,27 @@ def _separate_plain_tensors(optimizer: Optimizer) -> None:
         if 0 < len(plain) < len(group["params"]):
             group["params"] = [parameter for parameter in group["params"] if isinstance(parameter, DTensor)]
             optimizer.add_param_group({**group, "params": plain})
+
+
+def refuse_split_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """``fully_shard`` unties what it finds in two of its modules.
+
+    Raises:
+        ConfigError: one parameter in two of ``blocks``, or in one of them and outside.
+    """
+    wrapped = {id(block) for block in blocks}
+    first: dict[int, tuple[str, int]] = {}
+    named = dict(model.named_modules(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parents = name.split(".")[:-1]
+        prefixes = (".".join(parents[:depth]) for depth in range(len(parents), 0, -1))
+        owner = next((id(named[prefix]) for prefix in prefixes if id(named[prefix]) in wrapped), 0)
+        known, known_owner = first.setdefault(id(parameter), (name, owner))
+        if owner != known_owner:
+            raise ConfigError(
+                f"sharding.wrap: {known} and {name} are one tied weight in two modules that are sharded by themselves; wrap a "
+                "class that holds both, or neither, or untie them in the model's config"
+            )
 
 
 def blocks_to_wrap(model: nn.Module, class_names: list[str]) -> list[nn.Module]:

@@ -248,6 +248,35 @@ def test_detach_restores_plain_training(method: str) -> None:
     digrap_scale.attach(model, optimizer, method=method, reference="initial", **options)
 
 
+def test_a_closure_is_evaluated_before_the_projection() -> None:
+    """``optimizer.step(closure)``, as Lightning calls it: the gradient is there only once the closure has run."""
+    runs = []
+    for with_closure in (False, True):
+        model = make_toy()
+        optimizer = adamw(model)
+        projector = digrap_scale.attach(model, optimizer, reference=make_theta0(model), strength_lr=0.05)
+        calls = 0
+
+        def evaluate(x: torch.Tensor, y: torch.Tensor, model: nn.Module = model, optimizer: Any = optimizer) -> Any:
+            nonlocal calls
+            calls += 1
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for x, y in BATCHES:
+            if with_closure:
+                assert optimizer.step(lambda x=x, y=y, evaluate=evaluate: evaluate(x, y)).requires_grad
+            else:
+                evaluate(x, y)
+                optimizer.step()
+        assert calls == len(BATCHES), "one evaluation a step"
+        runs.append((weights(model), projector.strength()))
+    assert same(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
+    assert max(runs[0][1].values()) > 0
+
+
 def test_report_and_strength() -> None:
     model = make_toy()
     optimizer = adamw(model)
@@ -463,6 +492,24 @@ def integer_mapping(_: Path) -> None:
     digrap_scale.attach(model, sgd(model), reference=theta0)
 
 
+def lbfgs(_: Path) -> None:
+    model = make_toy()
+    digrap_scale.attach(model, torch.optim.LBFGS(model.parameters()), reference="initial")
+
+
+def differentiable(_: Path) -> None:
+    model = make_toy()
+    digrap_scale.attach(model, torch.optim.AdamW(model.parameters(), differentiable=True), reference="initial")
+
+
+def idle_rename(folder: Path) -> None:
+    model = make_toy()
+    save_file(make_theta0(model), folder / "model.safetensors")
+    digrap_scale.attach(
+        model, sgd(model), reference=folder, not_projected=["^head"], reference_rename={"^blocsk": "blocks"}
+    )
+
+
 REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
     ("method", call(method="digrab"), ConfigError, "method: expected one of none, digrap,"),
     ("option", call(strength=1.0), ConfigError, "method digrap:"),
@@ -528,6 +575,20 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
         call(reference="/nowhere/x.safetensors"),
         CheckpointError,
         "/nowhere/x.safetensors: expected a safetensors file",
+    ),
+    ("lbfgs", lbfgs, ConfigError, "LBFGS takes new gradients within one step()"),
+    ("differentiable", differentiable, ConfigError, "set differentiable=False"),
+    (
+        "idle rename",
+        idle_rename,
+        ConfigError,
+        "reference.rename: '^blocsk' matches no parameter of the model; nearest: b",
+    ),
+    (
+        "rename without a file",
+        call(reference_rename={"a": "b"}),
+        ConfigError,
+        "reference.rename: maps names of a file, but the reference is a mapping; remove it",
     ),
     ("other file", wrong_file, CheckpointError, "this reference does not fit the model (14 missing, 0 different)"),
 ]

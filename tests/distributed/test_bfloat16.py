@@ -51,13 +51,18 @@ METHODS = ("digrap", "digrap_update")
 def train_methods(backend: str, file: str) -> dict[str, Any]:
     results = {}
     for method in METHODS:
-        case = Case(backend, method, bfloat16=True, reference_file=file, options={"strength_lr": MU})
+        fsdp = {"reduce_float32": True} if backend == "fsdp2 float32 sums" else {}
+        case = Case(
+            backend.split()[0], method, bfloat16=True, reference_file=file, options={"strength_lr": MU}, fsdp=fsdp
+        )
         results[method] = train_toy(case)
     return results
 
 
-def low_precision_run(method: str, theta0: dict[str, torch.Tensor], rounded_start: bool) -> Reference:
-    """float32 masters; gradients of bfloat16 weights and inputs, per rank, averaged in bfloat16.
+def low_precision_run(
+    method: str, theta0: dict[str, torch.Tensor], rounded_start: bool, sums: torch.dtype = torch.bfloat16
+) -> Reference:
+    """float32 masters; gradients of bfloat16 weights and inputs, per rank, averaged in ``sums``.
 
     DeepSpeed rounds the initial weights to bfloat16 before it copies its float32 masters from them: ``rounded_start``.
     """
@@ -83,7 +88,7 @@ def low_precision_run(method: str, theta0: dict[str, torch.Tensor], rounded_star
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, grad in zip(leaves, found, strict=True):
                 before = grads.get(name)
-                share = None if grad is None else grad / RANKS
+                share = None if grad is None else grad.to(sums) / RANKS
                 grads[name] = share if before is None or share is None else before + share
         reference.step({name: None if grad is None else grad.float() for name, grad in grads.items()})
     return reference
@@ -96,7 +101,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["fsdp2", "zero3"])
+@pytest.fixture(scope="module", params=["fsdp2", "fsdp2 float32 sums", "zero3"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, file: Path) -> Trained:
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, run_ranks(RANKS, folder, train_methods, request.param, str(file))
@@ -106,8 +111,9 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> None:
     backend, ranks = trained
     theta0 = make_theta0(make_toy(), torch.bfloat16)
-    reference = low_precision_run(method, theta0, rounded_start=backend == "zero3")
-    plain = low_precision_run("none", theta0, rounded_start=backend == "zero3")
+    sums = torch.float32 if "float32" in backend else torch.bfloat16
+    reference = low_precision_run(method, theta0, backend == "zero3", sums)
+    plain = low_precision_run("none", theta0, backend == "zero3", sums)
     for got in ranks:
         for name, weight in reference.w.items():
             value = got[method]["weights"][name]

@@ -11,12 +11,15 @@ import torch.distributed as dist
 from transformers import ViTForImageClassification
 
 from digrap_scale.config import Config
+from digrap_scale.errors import ConfigError
 from digrap_scale.models.build import build_model
 from digrap_scale.models.groups import build_groups
 from digrap_scale.projector import attach
 from digrap_scale.sharding.build import build_engine
+from digrap_scale.sharding.fsdp2 import refuse_split_ties
 from tests.distributed.ranks import run_ranks
-from tests.models.tiny import make_config, save_vit
+from tests.distributed.toy import Block, make_toy
+from tests.models.tiny import make_config, save_clip, save_vit
 
 
 def config_of(folder: str, backend: str, wrap: list[str], precision: str, freeze: list[str]) -> Config:
@@ -72,3 +75,95 @@ def test_engine(backend: str, wrap: list[str], precision: str, tmp_path: Path) -
         assert torch.equal(first["after"][name], value) == (frozen in name), name
     assert first["conflict_rate"] == 0, "d is 0 before the first step"
     assert first["grad_norm"] > 0
+
+
+def accumulated_steps(folder: str, sharding: dict[str, Any]) -> dict[str, Any]:
+    """Three steps of CLIP on eight fixed samples: micro-batches of one, on several ranks or in one process.
+
+    CLIP has a 0-d weight, which FSDP2 cannot shard.
+    """
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    config = make_config(folder, "contrastive")
+    training = config.training.model_copy(update={"global_batch_samples": 8, "micro_batch_samples": 1})
+    config = config.model_copy(update={"sharding": config.sharding.model_copy(update=sharding), "training": training})
+    built = build_model(config, 3)
+
+    def build(config: Config) -> Any:
+        return build_engine(
+            built.model,
+            lambda model: torch.optim.AdamW(build_groups(model, config.optimizer), fused=True),
+            config,
+            torch.device("cpu"),
+            ranks,
+        )
+
+    refused = ""
+    if ranks > 1:
+        try:
+            build(config.model_copy(update={"sharding": config.sharding.model_copy(update={"replicas": 3})}))
+        except ConfigError as error:
+            refused = str(error)
+    engine = build(config)
+    model, optimizer = engine.attached_to
+    reference = {name: torch.zeros(p.shape) for name, p in built.model.named_parameters()}
+    projector = attach(model, optimizer, method="digrap", reference=reference, strength_lr=0.05)
+    torch.manual_seed(5)
+    pixels, text = torch.randn(8, 3, 16, 16), torch.randint(4, 11, (8, 8))
+    norms = []
+    for _ in range(3):
+        engine.model.train()
+        share = 8 // ranks
+        for part in range(engine.accumulation_steps):
+            one = slice(rank * share + part, rank * share + part + 1)
+            with engine.micro_step(last=part == engine.accumulation_steps - 1):
+                out = engine.model(pixel_values=pixels[one], input_ids=text, attention_mask=torch.ones_like(text))
+                target = torch.arange(8)[one]
+                engine.backward(torch.nn.functional.cross_entropy(out.logits_per_image, target))
+        engine.step()
+        norms.append(projector.report.grad_norm)
+    return {
+        "weights": {name: tensor.clone() for name, tensor in engine.full_state_dict().items()},
+        "norms": norms,
+        "strength": projector.strength(),
+        "refused": refused,
+        "steps": engine.accumulation_steps,
+    }
+
+
+def test_hybrid_engine_equals_one_process(tmp_path: Path) -> None:
+    """Two copies of two shards, offloaded, all-reduced over copies in the last micro-batch alone."""
+    folder = str(save_clip(tmp_path / "clip"))
+    alone = accumulated_steps(folder, {"backend": "single"})
+    sharding = {"backend": "fsdp2", "replicas": 2, "offload": "cpu"}
+    ranks = run_ranks(4, tmp_path / "ranks", accumulated_steps, folder, sharding)
+    assert (alone["steps"], ranks[0]["steps"]) == (8, 2)
+    for got in ranks:
+        assert got["norms"] == pytest.approx(alone["norms"], rel=1e-5)
+        assert got["strength"] == ranks[0]["strength"]
+        assert got["refused"] == "sharding.replicas: expected a divisor of the number of processes (4), found 3"
+    assert max(alone["strength"].values()) > 0
+    for name, value in alone["weights"].items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax does not see it: its gradient is rounding noise, which Adam blows up to full steps
+        torch.testing.assert_close(
+            ranks[0]["weights"][name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_weights_tied_across_blocks_are_refused() -> None:
+    """fully_shard would untie them without a word."""
+    model = make_toy()
+    refuse_split_ties(model, list(model.blocks))
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    with pytest.raises(
+        ConfigError, match=r"^sharding.wrap: blocks.0.up.weight and blocks.1.up.weight are one tied weight"
+    ):
+        refuse_split_ties(model, list(model.blocks))
+    refuse_split_ties(model, [])
+    model = make_toy()
+    model.head.weight = model.blocks[0].down.weight
+    with pytest.raises(ConfigError, match=r"blocks.0.down.weight and head.weight"):
+        refuse_split_ties(model, list(model.blocks))
+    model = make_toy()
+    model.blocks = torch.nn.ModuleList([Block()] * 2)  # one module used twice is no tie between two
+    refuse_split_ties(model, [model.blocks[0]])

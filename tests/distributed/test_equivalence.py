@@ -12,7 +12,6 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_batches, make_theta0, make_toy, pure_loss
 from tests.distributed.training_runs import (
     DECAY,
-    GLOBAL_BATCH,
     LR,
     STEPS,
     Case,
@@ -41,7 +40,7 @@ def expected(case: Case) -> Reference:
         max_grad_norm=case.max_grad_norm,
         **options,
     )
-    return run(reference, lambda w, batch: pure_loss({**w, **frozen}, batch), make_batches(case.steps, GLOBAL_BATCH))
+    return run(reference, lambda w, batch: pure_loss({**w, **frozen}, batch), make_batches(case.steps, case.samples))
 
 
 def compare(case: Case, got: dict, reference: Reference, tolerance: float = TOLERANCE) -> None:
@@ -88,6 +87,7 @@ def test_single_process_variants(options: dict) -> None:
 # What runs on every backend; each key is a test.
 CASES: dict[str, dict] = {
     "plain": {},
+    "again": {},
     "accumulation": {"accumulation": 2},
     "clipping": {"max_grad_norm": 0.5},
     "both": {"accumulation": 2, "max_grad_norm": 0.5},
@@ -186,3 +186,14 @@ def test_one_reduction_a_step(trained: tuple[str, dict[str, Case], list[dict]]) 
         assert got["plain"]["reductions"] == ([] if backend == "ddp" else once)
         if backend == "zero3":
             assert got["sub_groups"]["reductions"] == once
+
+
+def test_runs_repeat_and_ranks_agree_bit_by_bit(trained: tuple[str, dict[str, Case], list[dict]]) -> None:
+    """Weights, moments, ω and reports of two runs on one rank; ω on all ranks; under DDP everything on all ranks."""
+    backend, cases, results = trained
+    for got in results:
+        assert got["plain"]["bits"] == got["again"]["bits"]
+        for key in cases:
+            shared = results[0][key]["bits"]
+            for part in ("all", "method", "reports") if backend == "ddp" else ("method", "reports"):
+                assert got[key]["bits"][part] == shared[part], f"{key}: {part} differs between ranks"

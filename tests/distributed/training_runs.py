@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +18,7 @@ import digrap_scale
 from digrap_scale.method import adam, statistics
 from digrap_scale.projector import early
 from digrap_scale.sharding.previous import KeptWeights, RecomputedWeights
+from tests.distributed.fsdp_toy import average_whole, set_sync, shard_toy
 from tests.distributed.toy import Toy, make_batches, make_theta0, make_toy
 
 STEPS, GLOBAL_BATCH = 30, 12
@@ -42,6 +43,8 @@ class Case:
     outer_clip: float | None = None  # the user clips, between backward and step
     options: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    fsdp: dict[str, Any] = field(default_factory=dict)  # arguments of fsdp_toy.shard_toy; sync: see fsdp_toy.set_sync
+    samples: int = GLOBAL_BATCH  # a step, over all ranks
 
 
 def group_of(name: str) -> str:
@@ -96,10 +99,7 @@ def _train_toy(case: Case) -> dict[str, Any]:
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         optimizer = make_optimizer(model)
     elif case.backend == "fsdp2":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.bfloat16 else None)
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+        shard_toy(model, bfloat16=case.bfloat16, **{key: v for key, v in case.fsdp.items() if key != "sync"})
         wrapped = model
         optimizer = make_optimizer(model)
     else:
@@ -121,8 +121,8 @@ def _train_toy(case: Case) -> dict[str, Any]:
     reports = []
     changed: list[str] = []
     measured_early = 0
-    for step, (x, y) in enumerate(make_batches(case.steps, GLOBAL_BATCH)):
-        share = GLOBAL_BATCH // world_size
+    for step, (x, y) in enumerate(make_batches(case.steps, case.samples)):
+        share = case.samples // world_size
         x, y = x[rank * share : (rank + 1) * share], y[rank * share : (rank + 1) * share]
         micro = share // case.accumulation
         for part in range(case.accumulation):
@@ -133,6 +133,8 @@ def _train_toy(case: Case) -> dict[str, Any]:
             poison.step = step
             if engine is None and case.backend == "ddp":
                 wrapped.require_backward_grad_sync = last
+            if case.backend == "fsdp2":
+                set_sync(model, case.fsdp.get("sync", "every"), last)
             if case.bfloat16 and engine is not None:
                 xs = xs.bfloat16()
             loss = cross_entropy(wrapped(xs).float(), ys)
@@ -152,6 +154,8 @@ def _train_toy(case: Case) -> dict[str, Any]:
                 assert not (projector._early and projector._early.ready()), (
                     "clipped, but the old statistics still count"
                 )
+            if case.backend == "fsdp2":
+                average_whole(model)
             poison.after_backward(projector)
             before = snapshot(projector) if case.nan_at is not None and case.nan_at[0] == step else None
             with collectives:
@@ -169,6 +173,8 @@ def _train_toy(case: Case) -> dict[str, Any]:
         "strength": projector.strength(),
         "reports": reports,
         "reductions": collectives.seen,
+        "reduction_ranks": collectives.ranks,
+        "bits": digest(snapshot(projector), reports),
         "state": projector.state_dict(),
         "changed": changed,
         "measured_early": measured_early,
@@ -189,6 +195,19 @@ def snapshot(projector: digrap_scale.Projector) -> dict[str, torch.Tensor]:
     elif isinstance(projector._previous, RecomputedWeights):
         found["last step"] = projector._previous._settings_LS
     return {key: tensor.detach().clone() for key, tensor in found.items()}
+
+
+def digest(tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> dict[str, str]:
+    """SHA-256 of this rank's weights, moments, method state and reports: equal exactly where every bit is."""
+    parts = {"all": sorted(tensors), "method": sorted(key for key in tensors if key.startswith("method"))}
+    found = {"reports": hashlib.sha256(repr(reports).encode()).hexdigest()}
+    for part, keys in parts.items():
+        sha = hashlib.sha256()
+        for key in keys:
+            sha.update(key.encode())
+            sha.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found[part] = sha.hexdigest()
+    return found
 
 
 class Poison:
@@ -251,6 +270,7 @@ class Collectives:
     def __init__(self, everything: bool) -> None:
         self.everything = everything
         self.seen: list[tuple[int, int]] = []
+        self.ranks: list[int] = []  # how many take part
 
     def __enter__(self) -> None:
         self._original = dist.all_reduce
@@ -258,6 +278,7 @@ class Collectives:
         def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.everything or (tensor.dtype == torch.float64 and tensor.ndim == 2):
                 self.seen.append((tensor.shape[0], tensor.numel() * tensor.element_size()))
+                self.ranks.append(dist.get_world_size(kwargs.get("group")))
             return self._original(tensor, *args, **kwargs)
 
         dist.all_reduce = counted

@@ -141,6 +141,13 @@ def refusals() -> dict[str, str]:
     fully_shard(model, mesh=mesh["data"])
     attempt("tensor parallel", model, torch.optim.SGD(model.parameters(), lr=0.1))
 
+    model = make_toy()
+    one = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    hybrid = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model.blocks[0], mesh=one)
+    fully_shard(model, mesh=hybrid)
+    attempt("meshes of two kinds", model, torch.optim.SGD(model.parameters(), lr=0.1))
+
     fsdp1 = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants an accelerator
     nn.Module.__init__(fsdp1)
     attempt("fsdp1", fsdp1, torch.optim.SGD(make_toy().parameters(), lr=0.1))

@@ -81,6 +81,7 @@ def test_zero3_views_are_deepspeeds_shards(three: list[dict[str, Any]], groups: 
     [
         ("shard 1", "weight: placement (Shard(dim=1),) is not supported; expected one Shard(0)"),
         ("tensor parallel", "weight: placement (_StridedShard("),
+        ("meshes of two kinds", "shard the whole model on one mesh"),
         ("fsdp1", "FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard"),
         ("zero 2", "DeepSpeed ZeRO stage 2 is not supported; set zero_optimization.stage to 3"),
         ("optimizer before sharding", "tensors that are no parameters of the model"),
