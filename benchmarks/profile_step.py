@@ -51,8 +51,12 @@ def run(projection: str, millions: float, layers: int | None, steps: int, trace:
             wrapped.__wrapped_part__ = True  # type: ignore[attr-defined]
             setattr(Projector, name, wrapped)
     with tempfile.TemporaryDirectory() as folder:
-        save_file({n: (p.detach() * 0.1).bfloat16() for n, p in model.named_parameters()}, f"{folder}/model.safetensors")
-        projector = digrap_scale.attach(model, optimizer, reference=Path(folder), projection=projection, kernels="compile")
+        save_file(
+            {n: (p.detach() * 0.1).bfloat16() for n, p in model.named_parameters()}, f"{folder}/model.safetensors"
+        )
+        projector = digrap_scale.attach(
+            model, optimizer, reference=Path(folder), projection=projection, kernels="compile"
+        )
 
     def step() -> None:
         projector.method.omega.value_L.fill_(0.5)

@@ -14,7 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from digrap_scale.method.base import add_displacement_
-from digrap_scale.method.kernels import LARGE_ELEMENTS, AdamNumbers, Kernels
+from digrap_scale.method.kernels import AdamNumbers, Kernels, large_from
 from digrap_scale.types import AdamSettings, AdamState, ShardView
 
 
@@ -35,10 +35,11 @@ def adam_(
         kernels: how large layers are walked.
     """
     small: list[int] = []
+    large_elements = large_from(views[0].weight.device) if views else 0
     for row, (view, state, factor) in enumerate(zip(views, states, factors, strict=True)):
         if view.grad is None or state is None or view.weight.numel() == 0:
             continue
-        if view.weight.numel() < LARGE_ELEMENTS:
+        if view.weight.numel() < large_elements:
             small.append(row)
             continue
         numbers = _numbers(state, factor if view.projected else 0.0, clip)

@@ -118,6 +118,14 @@ def add_displacement_(
         assert theta is not None, f"{of} is needed for {pack.views[0].spec.name}"
         d = displacement(theta, pack.gather("reference"))
         targets = [getattr(view, target) for view in pack.views]
+        if all(tensor.dtype == torch.float32 for tensor in targets):
+            # The multi-tensor form that torch's own optimizers step with: one launch for the pack, not one a layer.
+            if scale != 1.0:
+                torch._foreach_mul_(targets, scale)
+            here = torch.tensor([active_factors[row] for row in pack.layers], dtype=torch.float32, device=d.device)
+            d.mul_(here.repeat_interleave(pack.segments(d.device)))
+            torch._foreach_add_(targets, d.split(pack.lengths))
+            continue
         for tensor, piece, row in zip(targets, d.split(pack.lengths), pack.layers, strict=True):
             # The sum is taken in float32 and rounded once where the target is narrower.
             exact = tensor if tensor.dtype == torch.float32 else tensor.float()

@@ -17,7 +17,20 @@ from digrap_scale.types import AdamMoments
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a block's operands stay in a core's share of cache
 ROW_ELEMENTS = 1 << 12  # compiled: float32 sums run over so many elements, float64 above them
 LARGE_ELEMENTS = 1 << 16  # smaller layers are packed together instead
+# On accelerators a launch costs what megabytes do: more is packed together, and packs are larger (32 MiB an operand).
+ACCELERATOR_LARGE_ELEMENTS = 1 << 21
+ACCELERATOR_PACK_ELEMENTS = 1 << 23
 COMPILE_ELEMENTS = 1 << 25  # ``auto``: below this, a rank's step is too short to pay for compiling
+
+
+def large_from(device: torch.device) -> int:
+    """From how many elements on a layer is walked by itself; smaller ones are packed together."""
+    return LARGE_ELEMENTS if device.type == "cpu" else ACCELERATOR_LARGE_ELEMENTS
+
+
+def pack_size(device: torch.device) -> int:
+    """How many elements of small layers go into one pack."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_PACK_ELEMENTS
 
 
 class AdamNumbers(NamedTuple):

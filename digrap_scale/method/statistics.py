@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from digrap_scale.method.kernels import BLOCK_ELEMENTS, LARGE_ELEMENTS, Kernels, displacement
+from digrap_scale.method.kernels import Kernels, displacement, large_from, pack_size
 from digrap_scale.types import ShardView
 
 # Columns of the gradient statistics, stats_LK.
@@ -36,6 +36,8 @@ class Pack:
     layers: list[int] = field(default_factory=list)
     views: list[ShardView] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    elements: int = 0
+    _segments: torch.Tensor | None = None
 
     def gather(self, name: str) -> torch.Tensor | None:
         """All elements of ``grad`` / ``weight`` / ``reference`` / ``previous`` as one flat tensor (None if absent)."""
@@ -50,15 +52,25 @@ class Pack:
             return self.gather("previous")
         moments = [view.moments for view in self.views if view.moments is not None]
         factors = torch.tensor([one.factors for one in moments], dtype=torch.float32, device=weight.device)
-        lengths = torch.tensor(self.lengths, device=weight.device)
-        shrink, step_size, second_scale, eps = factors.repeat_interleave(lengths, dim=0).unbind(1)
+        if len({one.factors for one in moments}) == 1:
+            shrink, step_size, second_scale, eps = factors[0].unbind()
+        else:
+            shrink, step_size, second_scale, eps = factors.repeat_interleave(
+                self.segments(weight.device), dim=0
+            ).unbind(1)
         first = torch.cat([one.first for one in moments])
         second = torch.cat([one.second for one in moments])
         return (weight.float() + step_size * first / (second.sqrt() * second_scale + eps)) / shrink
 
     def sums(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """⟨a, b⟩ of each layer: [layers of the pack] float32."""
-        return torch.segment_reduce(a * b, "sum", lengths=torch.tensor(self.lengths, device=a.device))
+        return torch.segment_reduce(a * b, "sum", lengths=self.segments(a.device))
+
+    def segments(self, device: torch.device) -> torch.Tensor:
+        """``lengths`` as a tensor."""
+        if self._segments is None:
+            self._segments = torch.tensor(self.lengths, device=device)
+        return self._segments
 
 
 def pack_small(views: Sequence[ShardView]) -> tuple[list[int], list[Pack]]:
@@ -66,16 +78,19 @@ def pack_small(views: Sequence[ShardView]) -> tuple[list[int], list[Pack]]:
     large: list[int] = []
     packs: list[Pack] = []
     open_packs: dict[tuple[object, ...], Pack] = {}
+    device = views[0].weight.device if views else torch.device("cpu")
+    large_elements, pack_elements = large_from(device), pack_size(device)
     for row, view in enumerate(views):
         size = view.weight.numel()
-        if size >= LARGE_ELEMENTS:
+        if size >= large_elements:
             large.append(row)
         elif size > 0:
             kind = _kind(view)
             pack = open_packs.get(kind)
-            if pack is None or sum(pack.lengths) + size > BLOCK_ELEMENTS:
+            if pack is None or pack.elements + size > pack_elements:
                 pack = open_packs[kind] = Pack()
                 packs.append(pack)
+            pack.elements += size
             pack.layers.append(row)
             pack.views.append(view)
             pack.lengths.append(size)

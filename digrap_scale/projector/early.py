@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from digrap_scale.method.kernels import LARGE_ELEMENTS
+from digrap_scale.method.kernels import large_from
 from digrap_scale.method.statistics import GRADIENT_STATISTICS
 from digrap_scale.sharding.base import Backend
 
@@ -36,8 +36,8 @@ class EarlyStatistics:
         self.active = True
         self._backend = backend
         self._measure = measure
-        self._large_L = [spec.numel >= LARGE_ELEMENTS for spec in backend.specs]
         device = backend.weights()[0].device
+        self._large_L = [spec.numel >= large_from(device) for spec in backend.specs]
         self._stats_LK = torch.zeros(layers, GRADIENT_STATISTICS, dtype=torch.float64, device=device)
         self._stamps: dict[int, Hashable] = {}
         self._taken: Any = None

@@ -15,8 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import digrap_scale
-from digrap_scale.method import adam, statistics
-from digrap_scale.projector import early
+from digrap_scale.method import kernels
 from digrap_scale.sharding.previous import KeptWeights, RecomputedWeights
 from tests.distributed.fsdp_toy import average_whole, set_sync, shard_toy
 from tests.distributed.toy import Toy, make_batches, make_theta0, make_toy
@@ -68,15 +67,12 @@ def theta0_of(case: Case, model: Toy) -> dict[str, torch.Tensor]:
 @contextmanager
 def large_layers(elements: int | None) -> Iterator[None]:
     """Layers of ``elements`` and more count as large, as they do from 65,536 on by default."""
-    modules = (statistics, adam, early)
-    before = [module.LARGE_ELEMENTS for module in modules]
-    for module in modules:
-        module.LARGE_ELEMENTS = before[0] if elements is None else elements
+    before = kernels.LARGE_ELEMENTS
+    kernels.LARGE_ELEMENTS = before if elements is None else elements
     try:
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.LARGE_ELEMENTS = value
+        kernels.LARGE_ELEMENTS = before
 
 
 def train_toy(case: Case) -> dict[str, Any]:

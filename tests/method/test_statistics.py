@@ -95,8 +95,7 @@ VIEWS = st.lists(
 @pytest.fixture(scope="module")
 def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(S, "LARGE_ELEMENTS", LARGE)
-        patch.setattr(S, "BLOCK_ELEMENTS", BLOCK)
+        patch.setattr(K, "LARGE_ELEMENTS", LARGE)
         patch.setattr(K, "BLOCK_ELEMENTS", BLOCK)
         yield
 
