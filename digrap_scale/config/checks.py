@@ -59,6 +59,41 @@ def _batch_norm(batch_norm: str, backend: str) -> Iterable[Problem]:
         )
 
 
+def _float16(precision: str, backend: str) -> Iterable[Problem]:
+    if precision == "float16" and not backend.startswith("zero"):
+        yield (
+            ("sharding", "mixed_precision"),
+            f"expected `none` or `bfloat16` with sharding.backend `{backend}`, found `float16`; its loss scale needs "
+            "zero1, zero2 or zero3",
+        )
+
+
+def _offload(offload: str, backend: str) -> Iterable[Problem]:
+    if offload == "cpu" and backend in ("single", "ddp"):
+        yield (
+            ("sharding", "offload"),
+            f"expected `none` with sharding.backend `{backend}`, found `cpu`; fsdp2, zero1, zero2 and zero3 can offload",
+        )
+
+
+# Keys of sharding.zero with their defaults, and the backends that they mean something to.
+_ZERO_KEYS = {
+    "sub_group_elements": (1_000_000_000, ("zero3",)),
+    "persistence_threshold_elements": (100_000, ("zero3",)),
+    "reduce_bucket_elements": (500_000_000, ("zero1", "zero2", "zero3")),
+}
+
+
+def _zero(zero: Mapping[str, Any], backend: str) -> Iterable[Problem]:
+    for key, (default, backends) in _ZERO_KEYS.items():
+        value = zero.get(key, default)
+        if value != default and backend not in backends:
+            yield (
+                ("sharding", "zero", key),
+                f"expected no value with sharding.backend `{backend}`, found {value}; it is for {', '.join(backends)}",
+            )
+
+
 def _target(target: str, task: str, classes: str | None) -> Iterable[Problem]:
     if target == "caption" and task != "contrastive":
         yield (
@@ -111,6 +146,9 @@ CHECKS = (
     Check(("schedule.warmup_steps", "training.steps"), _warmup),
     Check(("model.freeze", "model.train_only"), _trained),
     Check(("model.batch_norm", "sharding.backend"), _batch_norm),
+    Check(("sharding.mixed_precision", "sharding.backend"), _float16),
+    Check(("sharding.offload", "sharding.backend"), _offload),
+    Check(("sharding.zero", "sharding.backend"), _zero),
     Check(("data.target", "model.task", "data.classes"), _target),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),

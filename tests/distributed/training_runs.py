@@ -29,6 +29,7 @@ class Case:
     max_grad_norm: float | None = None
     reference_file: str | None = None
     bfloat16: bool = False
+    float16: bool = False
     nan_at: tuple[int, int] | None = None  # (step, rank)
     nan_in_hook: bool = False  # ZeRO-3: in the first layer's gradient, after the engine's own check
     nan_layer: str | None = None  # only this layer's gradient, and only where the rank holds a part of it
@@ -108,6 +109,8 @@ def train_toy(case: Case) -> dict[str, Any]:
                 wrapped.require_backward_grad_sync = last
             if case.bfloat16 and engine is not None:
                 xs = xs.bfloat16()
+            if case.float16:
+                xs = xs.half()
             loss = cross_entropy(wrapped(xs).float(), ys)
             if engine is not None:
                 engine.backward(loss)
@@ -182,14 +185,20 @@ class Poison:
         layer = [spec.name for spec in backend.specs].index(self.case.nan_layer)
         if self.case.backend == "fsdp2":
             local = backend.local(dict(self.model.named_parameters())[self.case.nan_layer].grad)
-        elif self.case.backend == "zero3":
-            sub_group, _, position, real = backend._place[layer]
-            local = backend._zero.averaged_gradients[sub_group][position].view(-1)[:real]
+        elif self.case.backend.startswith("zero"):
+            local = backend._pending_gradient(layer)
         else:
             return
         assert local.numel() > 0, "this rank holds nothing of the layer"
         with torch.no_grad():
             local.view(-1)[0] = torch.nan
+
+
+def allow_float16() -> None:
+    """DeepSpeed asks for a CPU with float16 instructions; torch computes in float16 on any."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
@@ -200,10 +209,13 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": int(case.backend[-1]), "stage3_param_persistence_threshold": 0},
     }
     if case.bfloat16:
         config["bf16"] = {"enabled": True}
+    if case.float16:
+        allow_float16()
+        config["fp16"] = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}
     config["zero_optimization"].update(case.zero.get("zero_optimization", {}))
     config.update({key: value for key, value in case.zero.items() if key != "zero_optimization"})
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
