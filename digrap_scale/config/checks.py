@@ -76,21 +76,18 @@ def _offload(offload: str, backend: str) -> Iterable[Problem]:
         )
 
 
-# Keys of sharding.zero with their defaults, and the backends that they mean something to.
-_ZERO_KEYS = {
-    "sub_group_elements": (1_000_000_000, ("zero3",)),
-    "persistence_threshold_elements": (100_000, ("zero3",)),
-    "reduce_bucket_elements": (500_000_000, ("zero1", "zero2", "zero3")),
-}
-
-
-def _zero(zero: Mapping[str, Any], backend: str) -> Iterable[Problem]:
-    for key, (default, backends) in _ZERO_KEYS.items():
+def _zero(zero: Mapping[str, Any] | None, backend: str) -> Iterable[Problem]:
+    if zero is None:
+        return
+    if not backend.startswith("zero"):
+        yield ("sharding", "zero"), f"expected nothing with sharding.backend `{backend}`, found a section; remove it"
+        return
+    for key, default in (("sub_group_elements", 1_000_000_000), ("persistence_threshold_elements", 100_000)):
         value = zero.get(key, default)
-        if value != default and backend not in backends:
+        if backend != "zero3" and value != default:
             yield (
                 ("sharding", "zero", key),
-                f"expected no value with sharding.backend `{backend}`, found {value}; it is for {', '.join(backends)}",
+                f"expected no value with sharding.backend `{backend}`, found {value}; it is for zero3",
             )
 
 

@@ -227,7 +227,7 @@ class ScheduleConfig(Section):
 
 
 class ZeroConfig(Section):
-    """DeepSpeed's own sizes."""
+    """Sizes that DeepSpeed works with; the defaults are its own."""
 
     sub_group_elements: PositiveInt = Field(
         default=1_000_000_000, description="zero3: elements that one optimizer step takes at most (`sub_group_size`)."
@@ -264,7 +264,7 @@ class ShardingConfig(Section):
         default="none",
         description="Where masters and optimizer state live: `cpu` keeps them in host memory (fsdp2, zero1/2/3).",
     )
-    zero: ZeroConfig = Field(default=ZeroConfig(), description="zero1/2/3 only.")
+    zero: ZeroConfig | None = Field(default=None, description="DeepSpeed's sizes (zero1/2/3 only).")
     reduce_timeout_s: PositiveInt = Field(default=1800, description="Time-out of a collective, in seconds.")
 
 

@@ -50,7 +50,7 @@ class Zero12Backend(ZeroBackend):
                 if parameter.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
                     raise ConfigError(f"{self.name}: {name} is not in the engine's buffer; call reload_states() first")
                 # A parameter's interval of the buffer, cut to this rank's, in the parameter's own numbering.
-                begin = parameter.storage_offset() - buffer.storage_offset()
+                begin = int(parameter.storage_offset() - buffer.storage_offset())
                 start = min(max(rank * partition - begin, 0), parameter.numel())
                 stop = min(max((rank + 1) * partition - begin, start), parameter.numel())
                 self.specs.append(ShardSpec(name, tuple(parameter.shape), start, stop))

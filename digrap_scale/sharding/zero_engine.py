@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from digrap_scale.config.schema import ZeroConfig
 from digrap_scale.errors import ConfigError, NonFiniteError
 from digrap_scale.sharding.base import Backend, unwrapped_name
 from digrap_scale.sharding.ddp import DDPBackend
@@ -101,10 +102,11 @@ class ZeroEngine(Engine):
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config that this run's config amounts to."""
         sharding = self.config.sharding
-        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": sharding.zero.reduce_bucket_elements}
+        sizes = sharding.zero or ZeroConfig()
+        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": sizes.reduce_bucket_elements}
         if self._stage == 3:
-            zero["sub_group_size"] = sharding.zero.sub_group_elements
-            zero["stage3_param_persistence_threshold"] = sharding.zero.persistence_threshold_elements
+            zero["sub_group_size"] = sizes.sub_group_elements
+            zero["stage3_param_persistence_threshold"] = sizes.persistence_threshold_elements
         config: dict[str, Any] = {
             "train_batch_size": self.config.training.global_batch_samples,
             "train_micro_batch_size_per_gpu": self.micro_batch_samples,

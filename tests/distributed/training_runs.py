@@ -256,7 +256,9 @@ def _full_weights(model: Toy, engine: Any) -> dict[str, torch.Tensor]:
 
             if not parameter.requires_grad:
                 continue
-            value = safe_get_full_fp32_param(parameter)
+            # Whole on every rank in stages 1 and 2; the public function does not know of round_robin_gradients.
+            whole = not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32
+            value = parameter if whole else safe_get_full_fp32_param(parameter)
         else:
             value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         weights[name] = value.detach().clone()
