@@ -115,7 +115,8 @@ def train_toy(case: Case) -> dict[str, Any]:
             if engine is not None:
                 engine.backward(loss)
                 poison.after_backward(projector)
-                before = snapshot(projector) if case.nan_at is not None and case.nan_at[0] == step else None
+                watched = case.float16 or (case.nan_at is not None and case.nan_at[0] == step)
+                before = snapshot(projector) if watched else None
                 with collectives:
                     engine.step()
             else:
@@ -128,7 +129,7 @@ def train_toy(case: Case) -> dict[str, Any]:
             optimizer.zero_grad()
         elif projector.report.step == step:
             projector.note_engine_skip()
-        if before is not None:
+        if before is not None and (projector.report.skipped or not case.float16):
             after = snapshot(projector)
             changed += [key for key in before if not torch.equal(before[key], after[key])]
             changed += sorted(set(before) ^ set(after))
@@ -215,9 +216,14 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
         config["bf16"] = {"enabled": True}
     if case.float16:
         allow_float16()
-        config["fp16"] = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}
-    config["zero_optimization"].update(case.zero.get("zero_optimization", {}))
-    config.update({key: value for key, value in case.zero.items() if key != "zero_optimization"})
+        config["fp16"] = {"enabled": True, "hysteresis": 1}
+    for key, value in case.zero.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            config[key].update(value)
+        elif value is None:
+            del config[key]
+        else:
+            config[key] = value
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
     return engine, engine
 
