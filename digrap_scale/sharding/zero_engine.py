@@ -72,32 +72,27 @@ class ZeroEngine(Engine):
         }
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         # DeepSpeed sends initial weights as bytes, which a 0-d tensor (CLIP's logit_scale) cannot be viewed as: it is
-        # 1-d until the engine has it, and in its own shape from then on.
+        # 1-d until they are sent; stage 3 partitions it so, and gathers it in its own shape from then on.
         scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         for parameter in scalars:
             parameter.data = parameter.data.view(1)
+
+        def optimizer_of(_: object) -> Optimizer:
+            """Called when the weights have been sent, before stages 1 and 2 put them into buffers."""
+            for parameter in scalars if self._stage < 3 else []:
+                parameter.data = parameter.data.view(())
+            return make_optimizer(model)
+
         self.model, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(model), config=self.deepspeed_config(), dist_init_required=False
+            model=model, optimizer=optimizer_of, config=self.deepspeed_config(), dist_init_required=False
         )
-        for parameter in scalars:
-            self._restore_shape(parameter)
+        for parameter in scalars if self._stage == 3 else []:
+            parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
         self.optimizer = self.model.optimizer.optimizer
         self._backend = zero_backend(self.model)
         if exact:
             for spec, master in zip(self._backend.specs, self._backend.weights(), strict=True):
                 master.copy_(exact[spec.name].reshape(-1)[spec.start : spec.stop])
-
-    def _restore_shape(self, parameter: nn.Parameter) -> None:
-        if self._stage == 3:
-            parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
-            return
-        parameter.data = parameter.data.view(())
-        # After every step stages 1 and 2 make the weights views of the group's buffer again, in the shapes of these.
-        zero = self.model.optimizer
-        for parameters, shapes in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_meta, strict=True):
-            for position, other in enumerate(parameters):
-                if other is parameter:
-                    shapes[position] = shapes[position].view(())
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config that this run's config amounts to."""

@@ -64,14 +64,20 @@ OPTIONS = {
         zero={"zero_force_ds_cpu_optimizer": False, "gradient_clipping": None},
     ),
 }
-SECONDARY = {"3 hpz": case(3, "digrap", {"zero_hpz_partition_size": 2})}  # needs an even number of ranks
+SLOW = {
+    "3 hpz": case(3, "digrap", {"zero_hpz_partition_size": 2}),  # needs an even number of ranks
+    # DeepSpeed builds its own Adam at first use.
+    "1 DeepSpeedCPUAdam": case(1, "digrap", OFFLOAD, cpu_adam=True),
+    "2 DeepSpeedCPUAdam": case(2, "digrap_update", OFFLOAD, cpu_adam=True, accumulation=2),
+    "3 DeepSpeedCPUAdam": case(3, "digrap", {**OFFLOAD, "sub_group_size": 20}, cpu_adam=True),
+}
 
 
 def cases_of(ranks: int) -> dict[str, Case]:
     if ranks < 4:
         return CORE if ranks == 2 else OPTIONS
     # A rank's share of the batch is three samples here.
-    every = {**CORE, **OPTIONS, **SECONDARY}
+    every = {**CORE, **OPTIONS, **SLOW}
     return {key: replace(one, accumulation=3 if one.accumulation > 1 else 1) for key, one in every.items()}
 
 
@@ -81,7 +87,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return ranks, run_ranks(ranks, tmp_path_factory.mktemp("zero"), train_all, cases_of(ranks))
 
 
-@pytest.mark.parametrize("key", [*CORE, *OPTIONS, *SECONDARY])
+@pytest.mark.parametrize("key", [*CORE, *OPTIONS, *SLOW])
 def test_equals_one_process(trained: tuple[int, list[dict]], key: str) -> None:
     ranks, results = trained
     cases = cases_of(ranks)

@@ -30,6 +30,7 @@ class Case:
     reference_file: str | None = None
     bfloat16: bool = False
     float16: bool = False
+    cpu_adam: bool = False  # DeepSpeed's own, in place of torch's
     nan_at: tuple[int, int] | None = None  # (step, rank)
     nan_in_hook: bool = False  # ZeRO-3: in the first layer's gradient, after the engine's own check
     nan_layer: str | None = None  # only this layer's gradient, and only where the rank holds a part of it
@@ -224,7 +225,10 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
             del config[key]
         else:
             config[key] = value
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    optimizer: torch.optim.Optimizer = make_optimizer(model)
+    if case.cpu_adam:
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(optimizer.param_groups)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, engine
 
 
