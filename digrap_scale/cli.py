@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     interpolate.add_argument("--alpha", type=float, nargs="+", default=[0.5], help="weights of B in [0, 1]")
     demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
-    demo.add_argument("--backend", choices=("fsdp2", "zero3"), default="fsdp2", help="sharding backend")
+    demo.add_argument(
+        "--backend", choices=("fsdp2", "zero1", "zero2", "zero3"), default="fsdp2", help="sharding backend"
+    )
     demo.add_argument("--processes", type=int, default=2, help="processes to shard over (default: %(default)s)")
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of each run (fewer: a quick look)")
     return parser

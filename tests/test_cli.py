@@ -75,7 +75,7 @@ BAD = {
     "training.micro_batch_samples=3": "micro_batch_samples",
     "training.global_batch_samples=true": "global_batch_samples",
     "schedule.warmup_steps=99": "warmup_steps",
-    "sharding.backend=zero2": "sharding.backend",
+    "sharding.backend=zero4": "sharding.backend",
     "evaluation.suite=[{name: a, shards: [/nowhere/a.tar], shift: id}]": "/nowhere/a.tar",
     "evaluation.suite.0.shift=far-away": "shift",
     "run.seed=-1": "run.seed",
@@ -201,6 +201,51 @@ def test_error_of_one_rank_is_told_by_that_rank(values: dict, tmp_path: Path) ->
     assert "sample 036" in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and status["exit_code"] in (2, 5, 143), status
+
+
+# DeepSpeed asks for a CPU with float16 instructions; torch computes in float16 on any.
+FLOAT16 = (
+    "import sys; from deepspeed.accelerator import get_accelerator; get_accelerator().is_fp16_supported = lambda: True; "
+    "from digrap_scale.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "float16"),
+    [
+        (["sharding.backend=zero1", "sharding.mixed_precision=bfloat16"], False),
+        (["sharding.backend=zero2", "sharding.mixed_precision=float16", "sharding.offload=cpu"], True),
+    ],
+)
+def test_train_on_zero(values: dict, tmp_path: Path, overrides: list[str], float16: bool) -> None:
+    """Two processes under a launcher: steps, an overflow or two in float16, final weights and the table."""
+    values["training"].update(steps=6)
+    script = tmp_path / "train.py"
+    script.write_text(FLOAT16)
+    program = [str(script)] if float16 else ["-m", "digrap_scale"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join(p for p in (str(Path.cwd()), os.environ.get("PYTHONPATH")) if p),
+    }
+    done = subprocess.run(
+        [*command, "train", write(tmp_path, values), *overrides],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "run"
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "done"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert (folder / "final" / "model.safetensors").is_file() and (folder / "results.md").is_file()
 
 
 def _webp() -> bytes:

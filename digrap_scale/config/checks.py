@@ -75,12 +75,36 @@ def _fsdp2_only(backend: str, wrap: Sequence[str], reshard: bool, replicas: int)
             )
 
 
-def _offload(backend: str, offload: str) -> Iterable[Problem]:
-    if offload != "none" and backend in ("single", "ddp"):
+def _float16(precision: str, backend: str) -> Iterable[Problem]:
+    if precision == "float16" and not backend.startswith("zero"):
+        yield (
+            ("sharding", "mixed_precision"),
+            f"expected `none` or `bfloat16` with sharding.backend `{backend}`, found `float16`; its loss scale needs "
+            "zero1, zero2 or zero3",
+        )
+
+
+def _offload(offload: str, backend: str) -> Iterable[Problem]:
+    if offload == "cpu" and backend in ("single", "ddp"):
         yield (
             ("sharding", "offload"),
-            f"expected `none` with sharding.backend `{backend}`, found `{offload}`; set backend fsdp2 or zero3",
+            f"expected `none` with sharding.backend `{backend}`, found `cpu`; fsdp2, zero1, zero2 and zero3 can offload",
         )
+
+
+def _zero(zero: Mapping[str, Any] | None, backend: str) -> Iterable[Problem]:
+    if zero is None:
+        return
+    if not backend.startswith("zero"):
+        yield ("sharding", "zero"), f"expected nothing with sharding.backend `{backend}`, found a section; remove it"
+        return
+    for key, default in (("sub_group_elements", 1_000_000_000), ("persistence_threshold_elements", 100_000)):
+        value = zero.get(key, default)
+        if backend != "zero3" and value != default:
+            yield (
+                ("sharding", "zero", key),
+                f"expected no value with sharding.backend `{backend}`, found {value}; it is for zero3",
+            )
 
 
 def _target(target: str, task: str, classes: str | None) -> Iterable[Problem]:
@@ -166,7 +190,9 @@ CHECKS = (
     Check(("model.freeze", "model.train_only"), _trained),
     Check(("model.batch_norm", "sharding.backend"), _batch_norm),
     Check(("sharding.backend", "sharding.wrap", "sharding.reshard_after_forward", "sharding.replicas"), _fsdp2_only),
-    Check(("sharding.backend", "sharding.offload"), _offload),
+    Check(("sharding.mixed_precision", "sharding.backend"), _float16),
+    Check(("sharding.offload", "sharding.backend"), _offload),
+    Check(("sharding.zero", "sharding.backend"), _zero),
     Check(("data.target", "model.task", "data.classes"), _target),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),

@@ -81,7 +81,7 @@ def _evaluate(folder: Path, weights: str) -> SuiteResult:
 def _command(backend: str, processes: int, config_file: Path) -> list[str]:
     """The launcher's command, as a user would type it."""
     job = ["digrap_scale", "train", str(config_file)]
-    if backend == "zero3":
+    if backend.startswith("zero"):
         launcher = ["deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(_free_port())]
         return [sys.executable, "-m", *launcher, "--module", *job]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]

@@ -278,13 +278,13 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
     problems = []
     if folder == Path(settings.path) and not any(folder.glob("*.safetensors")):
         problems.append(f"model.path: {settings.path} has no safetensors weights")
-    low_precision = "bfloat16" in (settings.dtype, config.sharding.mixed_precision)
-    if low_precision and config.sharding.backend in ("fsdp2", "zero3"):
+    low_precision = sorted({settings.dtype, config.sharding.mixed_precision} - {"float32", "none"})
+    if low_precision and config.sharding.backend not in ("single", "ddp"):
         # Exactly torch's layers: their statistics stay float32. Our own towers compute BatchNorm in float32 themselves.
         layers = [n for n, m in model.named_modules() if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
         if layers:
             problems.append(
-                f"sharding.mixed_precision, model.dtype: bfloat16 does not work with BatchNorm ({layers[0]} and "
+                f"sharding.mixed_precision, model.dtype: {low_precision[0]} does not work with BatchNorm ({layers[0]} and "
                 f"{len(layers) - 1} more) under {config.sharding.backend}; use float32, or sharding.backend: ddp"
             )
     if settings.task == "contrastive" and load_tokenizer(folder, settings) is None:

@@ -45,7 +45,7 @@ def attach(
     """Attach a method to an optimizer; nothing else in the training loop changes.
 
     Args:
-        model: a plain module, a DDP module, one sharded by ``fully_shard``, or a DeepSpeed ZeRO-3 engine.
+        model: a plain module, a DDP module, one sharded by ``fully_shard``, or a DeepSpeed engine (ZeRO 1, 2, 3).
         optimizer: the torch optimizer of the model's parameters; None for a DeepSpeed engine (its own is taken).
         method: a name (``digrap``, ``digrap_update``, ``l2sp``, ``pcgrad``, ``spd``, ``none``), an instance from
             ``digrap_scale.method``, or None (plain; still clips, skips non-finite steps and reports).

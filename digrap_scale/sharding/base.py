@@ -158,11 +158,11 @@ class Backend:
         return group
 
     def stepping(self) -> Sequence[int]:
-        """The layers that the optimizer step under way will change (all of them, but for ZeRO's sub-groups)."""
+        """The layers that the optimizer step under way will change (all of them, but for ZeRO's groups and sub-groups)."""
         return range(len(self.specs))
 
     def first_of_step(self) -> bool:
-        """Whether the optimizer step under way is the first of a training step (ZeRO takes one per sub-group)."""
+        """Whether the optimizer step under way is the first of a training step (ZeRO takes one per group or sub-group)."""
         return True
 
     def reduce_(self, stats_LK: torch.Tensor) -> None:

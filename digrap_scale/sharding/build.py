@@ -16,10 +16,17 @@ from digrap_scale.sharding.base import Backend, refuse_optimizer
 from digrap_scale.sharding.ddp import DDPBackend, DDPEngine
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.sharding.fsdp2 import FSDP2Backend, FSDP2Engine
-from digrap_scale.sharding.zero import Zero3Backend, Zero3Engine
+from digrap_scale.sharding.zero_engine import ZeroEngine, zero_backend
 from digrap_scale.types import Slices
 
-ENGINES: dict[str, type[Engine]] = {"single": Engine, "ddp": DDPEngine, "fsdp2": FSDP2Engine, "zero3": Zero3Engine}
+ENGINES: dict[str, type[Engine]] = {
+    "single": Engine,
+    "ddp": DDPEngine,
+    "fsdp2": FSDP2Engine,
+    "zero1": ZeroEngine,
+    "zero2": ZeroEngine,
+    "zero3": ZeroEngine,
+}
 
 
 def build_engine(
@@ -60,10 +67,7 @@ def detect_backend(model: Any, optimizer: Optimizer | None) -> Backend:
         ConfigError: no optimizer where one is needed, or a wrapper that is not supported.
     """
     if is_deepspeed_engine(model):
-        stage = model.zero_optimization_stage()
-        if stage != 3:
-            raise ConfigError(f"DeepSpeed ZeRO stage {stage} is not supported; set zero_optimization.stage to 3")
-        return Zero3Backend(model)
+        return zero_backend(model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch module or a DeepSpeed engine, found {type(model).__name__}")
     if optimizer is None:

@@ -101,7 +101,7 @@ def place(config: Config) -> Iterator[Place]:
     if backend == "single":
         if world_size > 1:
             raise ConfigError(
-                f"sharding.backend: single runs one process, but {world_size} were started; set fsdp2, zero3 or ddp"
+                f"sharding.backend: single runs one process, but {world_size} were started; set fsdp2, zero1, zero2, zero3 or ddp"
             )
         yield Place(0, 1, _device(local_rank))
         return
@@ -110,8 +110,8 @@ def place(config: Config) -> Iterator[Place]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     device = _device(local_rank)
     timeout = timedelta(seconds=config.sharding.reduce_timeout_s)
-    if backend == "zero3":
-        _init_deepspeed(device, timeout)
+    if backend.startswith("zero"):
+        _init_deepspeed(backend, device, timeout)
     else:
         dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
     try:
@@ -123,7 +123,7 @@ def place(config: Config) -> Iterator[Place]:
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
-        if backend == "zero3" and device.type == "cpu":
+        if backend.startswith("zero") and device.type == "cpu":
             time.sleep(0.2)  # DeepSpeed keeps its groups for good: give their threads the time to finish
 
 
@@ -141,13 +141,15 @@ def peer_errors() -> Iterator[None]:
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
-def _init_deepspeed(device: torch.device, timeout: timedelta) -> None:
+def _init_deepspeed(backend: str, device: torch.device, timeout: timedelta) -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError("sharding.backend: zero3 needs DeepSpeed: pip install 'digrap-scale[deepspeed]'") from error
+        raise ConfigError(
+            f"sharding.backend: {backend} needs DeepSpeed: pip install 'digrap-scale[deepspeed]'"
+        ) from error
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else None, timeout=timeout, verbose=False)
 

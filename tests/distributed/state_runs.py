@@ -30,8 +30,8 @@ def train_part(backend: str, method: str, start: int, stop: int, carried: Carrie
                     parameter.copy_(carried["weights"][name])
     engine: Any = None
     optimizer: Any = None
-    if backend == "zero3":
-        engine, _ = _deepspeed(model, Case("zero3"), world_size)
+    if backend.startswith("zero"):
+        engine, _ = _deepspeed(model, Case(backend), world_size)
     else:
         if backend == "fsdp2":
             for block in model.blocks:
@@ -69,9 +69,9 @@ def state_of(projector: digrap_scale.Projector, layer: int) -> dict[str, torch.T
     """Adam's state of a layer, as views of this rank's part; filled with zeros where there is none yet."""
     backend = projector.backend
     (optimizer,) = backend.hooked
-    if backend.name == "zero3":
-        sub_group, offset, _, real = backend._place[layer]
-        parameter = backend._zero.fp32_partitioned_groups_flat[sub_group]
+    if backend.name.startswith("zero"):
+        number, offset, _, real = backend._place[layer]
+        parameter = backend._flats[number]
     else:
         parameter = backend._trained[layer][1]
     state = optimizer.state[parameter]
@@ -79,7 +79,7 @@ def state_of(projector: digrap_scale.Projector, layer: int) -> dict[str, torch.T
         zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         state.update(step=torch.tensor(0.0), **zeros)
     local = {key: backend.local(state[key]).view(-1) for key in ("exp_avg", "exp_avg_sq")}
-    if backend.name == "zero3":
+    if backend.name.startswith("zero"):
         local = {key: flat.narrow(0, offset, real) for key, flat in local.items()}
     return {"step": state["step"], **local}
 
@@ -99,8 +99,8 @@ def load_moments(projector: digrap_scale.Projector, moments: dict[str, dict[str,
     steps = max(state["step"] for state in moments.values())
     for layer, spec in enumerate(projector.backend.specs):
         state = state_of(projector, layer)
-        # ZeRO-3 counts steps for a whole sub-group, the layers without a gradient included.
-        state["step"].fill_(steps if projector.backend.name == "zero3" else moments[spec.name]["step"])
+        # ZeRO counts steps for a whole group or sub-group, the layers without a gradient included.
+        state["step"].fill_(steps if projector.backend.name.startswith("zero") else moments[spec.name]["step"])
         for key in ("exp_avg", "exp_avg_sq"):
             state[key].copy_(moments[spec.name][key].reshape(-1)[spec.start : spec.stop])
 
@@ -114,3 +114,9 @@ def parts(backend: str, half: int, stop: int, carried: dict[str, Carried]) -> di
         }
         for method in METHODS
     }
+
+
+def zero_chain(half: int, stop: int, carried: dict[str, Carried]) -> dict[str, dict[str, dict[str, Carried]]]:
+    """``parts`` on zero2 from another backend, then on zero1 from zero2, in the same processes."""
+    zero2 = parts("zero2", half, stop, carried)
+    return {"zero2": zero2, "zero1": parts("zero1", half, stop, {m: zero2[m]["first"] for m in METHODS})}

@@ -22,14 +22,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import digrap_scale
+from tests.distributed.low_precision import low_precision_run
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_batches, make_theta0, make_toy
 from tests.distributed.training_runs import (
-    DECAY,
     GLOBAL_BATCH,
     LR,
     STEPS,
@@ -38,7 +37,6 @@ from tests.distributed.training_runs import (
     make_optimizer,
     train_toy,
 )
-from tests.plain_digrap import Reference
 
 Trained = tuple[str, list[dict[str, Any]]]
 RANKS, MU = 2, 0.05
@@ -59,41 +57,6 @@ def train_methods(backend: str, file: str) -> dict[str, Any]:
     return results
 
 
-def low_precision_run(
-    method: str, theta0: dict[str, torch.Tensor], rounded_start: bool, sums: torch.dtype = torch.bfloat16
-) -> Reference:
-    """float32 masters; gradients of bfloat16 weights and inputs, per rank, averaged in ``sums``.
-
-    DeepSpeed rounds the initial weights to bfloat16 before it copies its float32 masters from them: ``rounded_start``.
-    """
-    model = make_toy().bfloat16()
-    initial = {name: p.detach() for name, p in make_toy().named_parameters()}
-    start = {name: w.bfloat16().float() if rounded_start else w for name, w in initial.items()}
-    trained = {name: start[name].clone() for name, p in model.named_parameters() if p.requires_grad}
-    reference = Reference(
-        trained,
-        theta0,
-        method,
-        lr=lambda name: LR[group_of(name)],
-        weight_decay=lambda name: DECAY[group_of(name)],
-        strength_lr=MU,
-    )
-    for x, y in make_batches(STEPS, GLOBAL_BATCH):
-        grads: dict[str, torch.Tensor | None] = {}
-        for rank in range(RANKS):
-            part = slice(rank * GLOBAL_BATCH // RANKS, (rank + 1) * GLOBAL_BATCH // RANKS)
-            leaves = {name: w.bfloat16().requires_grad_(True) for name, w in reference.w.items()}
-            out = functional_call(model, leaves, (x[part].bfloat16(),))
-            loss = cross_entropy(out.float(), y[part])
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            for name, grad in zip(leaves, found, strict=True):
-                before = grads.get(name)
-                share = None if grad is None else grad.to(sums) / RANKS
-                grads[name] = share if before is None or share is None else before + share
-        reference.step({name: None if grad is None else grad.float() for name, grad in grads.items()})
-    return reference
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reference") / "model.safetensors"
@@ -112,8 +75,10 @@ def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> 
     backend, ranks = trained
     theta0 = make_theta0(make_toy(), torch.bfloat16)
     sums = torch.float32 if "float32" in backend else torch.bfloat16
-    reference = low_precision_run(method, theta0, backend == "zero3", sums)
-    plain = low_precision_run("none", theta0, backend == "zero3", sums)
+    reference, plain = (
+        low_precision_run(one, theta0, rounded_start=backend == "zero3", ranks=RANKS, mu=MU, sums=sums)
+        for one in (method, "none")
+    )
     for got in ranks:
         for name, weight in reference.w.items():
             value = got[method]["weights"][name]

@@ -10,7 +10,7 @@ import torch
 import digrap_scale
 from digrap_scale.errors import CheckpointError
 from tests.distributed.ranks import run_ranks
-from tests.distributed.state_runs import METHODS, OPTIONS, Carried, parts, train_part
+from tests.distributed.state_runs import METHODS, OPTIONS, Carried, parts, train_part, zero_chain
 from tests.distributed.test_equivalence import expected
 from tests.distributed.toy import make_theta0, make_toy
 from tests.distributed.training_runs import Case, make_optimizer
@@ -20,12 +20,16 @@ HALF, STEPS = 10, 20
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Carried]]:
-    """What came out of single → zero3 × 3, zero3 × 3 → fsdp2 × 2, and fsdp2 × 2 → single, for both methods."""
+    """What came out of single → zero3 × 3 → fsdp2 × 2 → zero2 × 2 → zero1 × 2, fsdp2 → single and zero1 → single."""
     folder = tmp_path_factory.mktemp("state")
     single = {method: train_part("single", method, 0, HALF) for method in METHODS}
     zero3 = run_ranks(3, folder / "zero3", parts, "zero3", HALF, STEPS, single)[0]
     fsdp2 = run_ranks(2, folder / "fsdp2", parts, "fsdp2", HALF, STEPS, {m: zero3[m]["first"] for m in METHODS})[1]
+    zero = run_ranks(2, folder / "zero", zero_chain, HALF, STEPS, {m: fsdp2[m]["first"] for m in METHODS})[1]
     return {
+        "fsdp2 to zero2": {m: zero["zero2"][m]["second"] for m in METHODS},
+        "zero2 to zero1": {m: zero["zero1"][m]["second"] for m in METHODS},
+        "zero1 to single": {m: train_part("single", m, HALF, STEPS, zero["zero1"][m]["first"]) for m in METHODS},
         "single to zero3": {m: zero3[m]["second"] for m in METHODS},
         "zero3 to fsdp2": {m: fsdp2[m]["second"] for m in METHODS},
         "fsdp2 to single": {m: train_part("single", m, HALF, STEPS, fsdp2[m]["first"]) for m in METHODS},
@@ -33,7 +37,10 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Carr
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("chain", ["single to zero3", "zero3 to fsdp2", "fsdp2 to single"])
+@pytest.mark.parametrize(
+    "chain",
+    ["single to zero3", "zero3 to fsdp2", "fsdp2 to single", "fsdp2 to zero2", "zero2 to zero1", "zero1 to single"],
+)
 def test_equals_straight_training(chains: dict[str, dict[str, Carried]], chain: str, method: str) -> None:
     got = chains[chain][method]
     reference = expected(Case("single", method, steps=STEPS, options=OPTIONS))

@@ -33,6 +33,8 @@ class Case:
     max_grad_norm: float | None = None
     reference_file: str | None = None
     bfloat16: bool = False
+    float16: bool = False
+    cpu_adam: bool = False  # DeepSpeed's own, in place of torch's
     nan_at: tuple[int, int] | None = None  # (step, rank)
     nan_in_hook: bool = False  # ZeRO-3: in the first layer's gradient, after the engine's own check
     nan_layer: str | None = None  # only this layer's gradient, and only where the rank holds a part of it
@@ -133,11 +135,14 @@ def _train_toy(case: Case) -> dict[str, Any]:
                 set_sync(model, case.fsdp.get("sync", "every"), last)
             if case.bfloat16 and engine is not None:
                 xs = xs.bfloat16()
+            if case.float16:
+                xs = xs.half()
             loss = cross_entropy(wrapped(xs).float(), ys)
             if engine is not None:
                 engine.backward(loss)
                 poison.after_backward(projector)
-                before = snapshot(projector) if case.nan_at is not None and case.nan_at[0] == step else None
+                watched = case.float16 or (case.nan_at is not None and case.nan_at[0] == step)
+                before = snapshot(projector) if watched else None
                 with collectives:
                     engine.step()
             else:
@@ -159,7 +164,7 @@ def _train_toy(case: Case) -> dict[str, Any]:
             optimizer.zero_grad()
         elif projector.report.step == step:
             projector.note_engine_skip()
-        if before is not None:
+        if before is not None and (projector.report.skipped or not case.float16):
             after = snapshot(projector)
             changed += [key for key in before if not torch.equal(before[key], after[key])]
             changed += sorted(set(before) ^ set(after))
@@ -232,14 +237,20 @@ class Poison:
         layer = [spec.name for spec in backend.specs].index(self.case.nan_layer)
         if self.case.backend == "fsdp2":
             local = backend.local(dict(self.model.named_parameters())[self.case.nan_layer].grad)
-        elif self.case.backend == "zero3":
-            sub_group, _, position, real = backend._place[layer]
-            local = backend._zero.averaged_gradients[sub_group][position].view(-1)[:real]
+        elif self.case.backend.startswith("zero"):
+            local = backend._pending_gradient(layer)
         else:
             return
         assert local.numel() > 0, "this rank holds nothing of the layer"
         with torch.no_grad():
             local.view(-1)[0] = torch.nan
+
+
+def allow_float16() -> None:
+    """DeepSpeed asks for a CPU with float16 instructions; torch computes in float16 on any."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
@@ -250,13 +261,24 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": int(case.backend[-1]), "stage3_param_persistence_threshold": 0},
     }
     if case.bfloat16:
         config["bf16"] = {"enabled": True}
-    config["zero_optimization"].update(case.zero.get("zero_optimization", {}))
-    config.update({key: value for key, value in case.zero.items() if key != "zero_optimization"})
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    if case.float16:
+        allow_float16()
+        config["fp16"] = {"enabled": True, "hysteresis": 1}
+    for key, value in case.zero.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            config[key].update(value)
+        elif value is None:
+            del config[key]
+        else:
+            config[key] = value
+    optimizer: torch.optim.Optimizer = make_optimizer(model)
+    if case.cpu_adam:
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(optimizer.param_groups)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, engine
 
 
@@ -296,7 +318,9 @@ def _full_weights(model: Toy, engine: Any) -> dict[str, torch.Tensor]:
 
             if not parameter.requires_grad:
                 continue
-            value = safe_get_full_fp32_param(parameter)
+            # Whole on every rank in stages 1 and 2; the public function does not know of round_robin_gradients.
+            whole = not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32
+            value = parameter if whole else safe_get_full_fp32_param(parameter)
         else:
             value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         weights[name] = value.detach().clone()

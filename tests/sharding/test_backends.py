@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_toy
-from tests.sharding.shard_runs import Partly, fsdp2_shards, three_ranks, two_ranks
+from tests.sharding.shard_runs import Partly, Scaled, fsdp2_shards, three_ranks, two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,26 @@ def test_zero3_views_are_deepspeeds_shards(three: list[dict[str, Any]], groups: 
     assert torch.tensor([got["norm"] for got in results]).unique().numel() == 1
 
 
+ZERO12 = ["1", "2", "2 aligned", "2 round robin", "2 bfloat16, float32 sums", "1 bfloat16, float32 sums"]
+
+
+@pytest.mark.parametrize("case", ZERO12)
+def test_zero12_views_are_deepspeeds_fragments(three: list[dict[str, Any]], case: str) -> None:
+    """The private lists that the backend reads, against safe_get_full_grad and safe_get_full_fp32_param."""
+    results = [got["zero12"][case] for got in three]
+    layers = {name: p.numel() for name, p in Scaled().named_parameters() if p.requires_grad}
+    for name, numel in layers.items():
+        assert_tiles(name, numel, [got["intervals"][name] for got in results])
+    for got in results:
+        # Every layer at the first group's step, and the second group's at its own (BF16_Optimizer steps all at once).
+        assert got["seen"] > len(layers) or (case == ZERO12[-1] and got["seen"] == len(layers))
+        assert got["equal"] == {"grad": True, "weight": True}
+        assert got["norm"] == got["engine"] > 0
+    cut = [name for name in layers if sum(a < b for a, b in (got["intervals"][name] for got in results)) > 1]
+    whole = [name for name in layers if layers[name] in [b - a for a, b in (got["intervals"][name] for got in results)]]
+    assert cut and whole, "parameters on several ranks, and on one alone"
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -83,7 +103,10 @@ def test_zero3_views_are_deepspeeds_shards(three: list[dict[str, Any]], groups: 
         ("tensor parallel", "weight: placement (_StridedShard("),
         ("meshes of two kinds", "shard the whole model on one mesh"),
         ("fsdp1", "FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard"),
-        ("zero 2", "DeepSpeed ZeRO stage 2 is not supported; set zero_optimization.stage to 3"),
+        (
+            "half precision at stage 0",
+            "DeepSpeed ZeRO stage 0: half precision without ZeRO is not supported; set zero_optimization.stage to 1",
+        ),
         ("optimizer before sharding", "tensors that are no parameters of the model"),
         ("sharded mapping", "reference: embed.weight is sharded; pass full tensors, or reference='initial'"),
         ("two clips", "max_grad_norm=0.5: the engine clips to 1.0 already"),

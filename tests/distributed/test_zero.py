@@ -1,0 +1,112 @@
+"""DeepSpeed's stages 1, 2 and 3 with the options that move gradients about, against the plain transcription, float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_equivalence import METHODS, compare, expected
+from tests.distributed.training_runs import Case, train_all
+
+STEPS = 14
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def case(stage: int, method: str = "digrap", zero_optimization: dict[str, Any] | None = None, **more: Any) -> Case:
+    """Keys of ``zero`` that are None are left out of the config: DeepSpeed's own defaults."""
+    top = {**more.pop("zero", {}), "zero_optimization": zero_optimization or {}}
+    return Case(f"zero{stage}", method, steps=STEPS, options=METHODS[method], zero=top, **more)
+
+
+# What every number of ranks takes.
+CORE = {
+    "1 plain": case(1),
+    "1 update, accumulation": case(1, "digrap_update", accumulation=2),
+    "1 engine clips": case(1, max_grad_norm=0.5, zero={"gradient_clipping": 0.5}),
+    "2 plain": case(2, max_grad_norm=0.5),
+    "2 update, engine clips by default": case(2, "digrap_update", max_grad_norm=1.0, zero={"gradient_clipping": None}),
+    "2 accumulation": case(2, accumulation=2),
+}
+OPTIONS = {
+    "0 is DDP": case(0, accumulation=2),
+    "1 spd": case(1, "spd"),
+    "1 whole gradients reduced": case(1, "digrap_update", {"reduce_scatter": False}, accumulation=2),
+    "1 gradients not contiguous": case(1, "digrap", {"contiguous_gradients": False}, max_grad_norm=0.5),
+    "1 no norm": case(1, "digrap", {"compute_grad_norm": False}, max_grad_norm=0.5),
+    "1 offload": case(1, "digrap", OFFLOAD, zero={"zero_force_ds_cpu_optimizer": False}),
+    "2 l2sp": case(2, "l2sp", max_grad_norm=0.5),
+    "2 round robin": case(2, "digrap_update", {"round_robin_gradients": True}),
+    "2 aligned": case(2, "digrap", {"parameter_alignment": True}, max_grad_norm=0.5),
+    "2 overlap, small buckets": case(
+        2, "digrap", {"overlap_comm": True, "reduce_bucket_size": 20, "allgather_bucket_size": 20}, accumulation=2
+    ),
+    "2 offload": case(
+        2,
+        "digrap_update",
+        OFFLOAD,
+        max_grad_norm=0.5,
+        accumulation=2,
+        zero={"zero_force_ds_cpu_optimizer": False, "gradient_clipping": 0.5},
+    ),
+    # Small parameters stay whole on every rank between steps; the threshold of 30 elements keeps some.
+    "3 default persistence": case(3, "digrap", {"stage3_param_persistence_threshold": 100_000}),
+    "3 persistence, sub-groups": case(
+        3, "digrap_update", {"stage3_param_persistence_threshold": 30, "sub_group_size": 20}, max_grad_norm=0.5
+    ),
+    "3 offload": case(
+        3,
+        "digrap",
+        {**OFFLOAD, "sub_group_size": 20},
+        max_grad_norm=1.0,
+        zero={"zero_force_ds_cpu_optimizer": False, "gradient_clipping": None},
+    ),
+}
+SLOW = {
+    "3 hpz": case(3, "digrap", {"zero_hpz_partition_size": 2}),  # needs an even number of ranks
+    # DeepSpeed builds its own Adam at first use.
+    "1 DeepSpeedCPUAdam": case(1, "digrap", OFFLOAD, cpu_adam=True),
+    "2 DeepSpeedCPUAdam": case(2, "digrap_update", OFFLOAD, cpu_adam=True, accumulation=2),
+    "3 DeepSpeedCPUAdam": case(3, "digrap", {**OFFLOAD, "sub_group_size": 20}, cpu_adam=True),
+}
+
+
+def cases_of(ranks: int) -> dict[str, Case]:
+    if ranks < 4:
+        return CORE if ranks == 2 else OPTIONS
+    # A rank's share of the batch is three samples here.
+    every = {**CORE, **OPTIONS, **SLOW}
+    return {key: replace(one, accumulation=3 if one.accumulation > 1 else 1) for key, one in every.items()}
+
+
+@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.slow)], ids="{} ranks".format)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict]]:
+    ranks = request.param
+    return ranks, run_ranks(ranks, tmp_path_factory.mktemp("zero"), train_all, cases_of(ranks))
+
+
+@pytest.mark.parametrize("key", [*CORE, *OPTIONS, *SLOW])
+def test_equals_one_process(trained: tuple[int, list[dict]], key: str) -> None:
+    ranks, results = trained
+    cases = cases_of(ranks)
+    if key not in cases:
+        return  # of another number of ranks
+    reference = expected(cases[key])
+    for got in results:
+        compare(cases[key], got[key], reference)
+        assert got[key]["strength"] == results[0][key]["strength"], "ω differs in its bits between ranks"
+
+
+def test_one_reduction_a_step(trained: tuple[int, list[dict]]) -> None:
+    """For all parameter groups together; a method that acts on the update takes one more for each."""
+    ranks, results = trained
+    cases = cases_of(ranks)
+    for got in results:
+        for key, one in cases.items():
+            layers = len(got[key]["state"]["layers"].get("strength", ())) or 15
+            first = [(rows, size) for rows, size in got[key]["reductions"] if size == rows * 4 * 8]
+            assert first == ([] if one.backend == "zero0" else [(layers, layers * 4 * 8)] * STEPS), key
+            if one.method == "digrap" and one.backend != "zero0":
+                assert len(got[key]["reductions"]) == STEPS, key
