@@ -14,7 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from digrap_scale.method.base import add_displacement_
-from digrap_scale.method.kernels import AdamNumbers, Kernels, large_from
+from digrap_scale.method.kernels import AdamNumbers, Kernels, device_rows, large_from
 from digrap_scale.types import AdamSettings, AdamState, ShardView
 
 
@@ -35,6 +35,7 @@ def adam_(
         kernels: how large layers are walked.
     """
     small: list[int] = []
+    large: list[tuple[ShardView, AdamState, AdamNumbers]] = []
     large_elements = large_from(views[0].weight.device) if views else 0
     for row, (view, state, factor) in enumerate(zip(views, states, factors, strict=True)):
         if view.grad is None or state is None or view.weight.numel() == 0:
@@ -42,9 +43,12 @@ def adam_(
         if view.weight.numel() < large_elements:
             small.append(row)
             continue
-        numbers = _numbers(state, factor if view.projected else 0.0, clip)
+        large.append((view, state, _numbers(state, factor if view.projected else 0.0, clip)))
+    on_device = device_rows([numbers for _, _, numbers in large], views[0].weight.device) if large else []
+    for (view, state, numbers), row_numbers in zip(large, on_device, strict=True):
+        assert view.grad is not None
         reference = view.reference if numbers.factor != 0.0 else None
-        kernels.adam_(view.grad, view.weight, reference, state.first, state.second, numbers)
+        kernels.adam_(view.grad, view.weight, reference, state.first, state.second, row_numbers)
     add_displacement_([views[row] for row in small], [factors[row] for row in small], "grad", kernels, scale=clip)
     together: dict[tuple[AdamSettings, int], tuple[list[ShardView], list[AdamState]]] = {}
     for row in small:

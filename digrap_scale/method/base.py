@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from digrap_scale.method import statistics as S
-from digrap_scale.method.kernels import Kernels, displacement
+from digrap_scale.method.kernels import Kernels, device_rows, displacement
 from digrap_scale.types import ShardView
 
 
@@ -110,9 +110,11 @@ def add_displacement_(
         active.append(view)
         active_factors.append(factor)
     large, packs = S.pack_small(active)
-    for row in large:
+    on_device = device_rows([(active_factors[row], scale) for row in large], views[0].weight.device) if large else []
+    for row, factors_2 in zip(large, on_device, strict=True):
         view = active[row]
-        kernels.add_displacement_(getattr(view, target), getattr(view, of), view.reference, active_factors[row], scale)
+        x, theta = getattr(view, target), getattr(view, of)
+        kernels.add_displacement_(x, theta, view.reference, active_factors[row], scale, factors_2)
     for pack in packs:
         theta = pack.gather(of)
         assert theta is not None, f"{of} is needed for {pack.views[0].spec.name}"

@@ -7,7 +7,7 @@ which reads every operand once. Shapes: N elements of a flat shard.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,17 @@ class AdamNumbers(NamedTuple):
     decay: float
 
 
+def device_rows(rows: Sequence[Sequence[float]], device: torch.device) -> list[torch.Tensor]:
+    """Numbers of many layers as float32 tensors on ``device``, by one transfer: one a layer would wait for the device
+    each time. Tensors, so that other values do not mean another compilation; each row is aligned for wide loads."""
+    if not rows:
+        return []
+    width = len(rows[0])
+    table = torch.zeros(len(rows), -(-width // 16) * 16)
+    table[:, :width] = torch.tensor([list(row) for row in rows], dtype=torch.float32)
+    return [row[:width] for row in table.to(device).unbind()]
+
+
 def displacement(weight: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
     """d = θ − θ₀ in float32 (θ itself where the reference is zero)."""
     exact = weight if weight.dtype == torch.float32 else weight.float()
@@ -82,8 +93,12 @@ class Kernels:
         previous: torch.Tensor | None,
         projected: bool,
         moments: AdamMoments | None = None,
+        factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """⟨g, d_t⟩, ‖d_t‖², ⟨g, d_{t-1}⟩, ‖g‖²: [4] float64; 0 where an operand is absent."""
+        """⟨g, d_t⟩, ‖d_t‖², ⟨g, d_{t-1}⟩, ‖g‖²: [4] float64; 0 where an operand is absent.
+
+        ``factors`` are the moments' on the weight's device (``device_rows``).
+        """
         sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
         for start in range(0, weight.numel(), BLOCK_ELEMENTS):
             block = slice(start, start + BLOCK_ELEMENTS)
@@ -117,9 +132,18 @@ class Kernels:
         return sums
 
     def add_displacement_(
-        self, target: torch.Tensor, theta: torch.Tensor, reference: torch.Tensor | None, factor: float, scale: float
+        self,
+        target: torch.Tensor,
+        theta: torch.Tensor,
+        reference: torch.Tensor | None,
+        factor: float,
+        scale: float,
+        factors: torch.Tensor,
     ) -> None:
-        """``target`` ← scale · ``target`` + factor · (``theta`` − θ₀), summed in float32 and rounded once."""
+        """``target`` ← scale · ``target`` + factor · (``theta`` − θ₀), summed in float32 and rounded once.
+
+        ``factors`` are factor and scale on the target's device (``device_rows``).
+        """
         for start in range(0, target.numel(), BLOCK_ELEMENTS):
             block = slice(start, start + BLOCK_ELEMENTS)
             d = displacement(theta[block], _part(reference, block, target.device))
@@ -138,10 +162,12 @@ class Kernels:
         reference: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
-        numbers: AdamNumbers,
+        factors: torch.Tensor,
     ) -> None:
-        """One step of Adam on ``weight``, its moments too, with the gradient scale · ``grad`` + factor · (θ − θ₀)."""
-        factors = torch.tensor(numbers, dtype=torch.float32, device=weight.device)
+        """One step of Adam on ``weight``, its moments too, with the gradient scale · ``grad`` + factor · (θ − θ₀).
+
+        ``factors`` are the ``AdamNumbers`` on the weight's device (``device_rows``).
+        """
         for start in range(0, weight.numel(), BLOCK_ELEMENTS):
             part = slice(start, start + BLOCK_ELEMENTS)
             here = _part(reference, part, weight.device)
@@ -168,6 +194,7 @@ class CompiledKernels(Kernels):
         previous: torch.Tensor | None,
         projected: bool,
         moments: AdamMoments | None = None,
+        factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if grad is None or not projected:
             return super().gradient_products(grad, weight, reference, previous, projected, moments)
@@ -177,8 +204,7 @@ class CompiledKernels(Kernels):
             sums = self._gradient(grad[whole], weight[whole], _part(reference, whole, on), _part(previous, whole, on))
             left_moments = None
         else:
-            # As a tensor, so that other values do not mean another compilation.
-            factors = torch.tensor(moments.factors, dtype=torch.float32, device=on)
+            assert factors is not None
             sums = self._gradient_adam(
                 grad[whole],
                 weight[whole],
@@ -202,12 +228,15 @@ class CompiledKernels(Kernels):
         return sums + super().update_products(weight[rest], previous[rest], _part(reference, rest, on))
 
     def add_displacement_(
-        self, target: torch.Tensor, theta: torch.Tensor, reference: torch.Tensor | None, factor: float, scale: float
+        self,
+        target: torch.Tensor,
+        theta: torch.Tensor,
+        reference: torch.Tensor | None,
+        factor: float,
+        scale: float,
+        factors: torch.Tensor,
     ) -> None:
-        on = target.device
-        # As tensors, so that other values do not mean another compilation.
-        factors = torch.tensor([factor, scale], dtype=torch.float32, device=on)
-        self._add(target, theta, _part(reference, slice(None), on), factors)
+        self._add(target, theta, _part(reference, slice(None), target.device), factors)
 
     def adam_(
         self,
@@ -216,9 +245,8 @@ class CompiledKernels(Kernels):
         reference: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
-        numbers: AdamNumbers,
+        factors: torch.Tensor,
     ) -> None:
-        factors = torch.tensor(numbers, dtype=torch.float32, device=weight.device)
         self._adam(grad, weight, _part(reference, slice(None), weight.device), first, second, factors)
 
 

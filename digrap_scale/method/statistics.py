@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from digrap_scale.method.kernels import Kernels, displacement, large_from, pack_size
+from digrap_scale.method.kernels import Kernels, device_rows, displacement, large_from, pack_size
 from digrap_scale.types import ShardView
 
 # Columns of the gradient statistics, stats_LK.
@@ -123,11 +123,14 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
     device = views[0].weight.device if views else torch.device("cpu")
     stats_LK = torch.zeros(len(views), GRADIENT_STATISTICS, dtype=torch.float64, device=device)
     large, packs = pack_small(views)
+    looking_back = [row for row in large if with_previous and views[row].moments is not None]
+    of_moments = [moments.factors for row in looking_back if (moments := views[row].moments) is not None]
+    factors = dict(zip(looking_back, device_rows(of_moments, device), strict=True))
     for row in large:
         view = views[row]
         previous, moments = (view.previous, view.moments) if with_previous else (None, None)
         stats_LK[row] = kernels.gradient_products(
-            view.grad, view.weight, view.reference, previous, view.projected, moments
+            view.grad, view.weight, view.reference, previous, view.projected, moments, factors.get(row)
         )
     for pack in packs:
         _add_pack(stats_LK, pack, with_previous)

@@ -75,9 +75,11 @@ class Projector:
     @torch.no_grad()
     def _before_step(self, *_: object) -> None:
         backend, method = self.backend, self.method
+        views: dict[int, ShardView] = {}
         if backend.first_of_step():
             backend.unscale_()
-            stats_LK = self._statistics()
+            views = self._views(range(len(backend.specs)))
+            stats_LK = self._statistics(views)
             backend.reduce_(stats_LK)
             stats_LK = stats_LK.cpu()
             lr_L = torch.tensor([float(backend.group(i)["lr"]) for i in range(len(stats_LK))], dtype=torch.float64)
@@ -95,7 +97,8 @@ class Projector:
         if self.report.skipped:
             backend.drop_gradients()
             return
-        views = self._views(self._stepping)
+        if len(views) != len(self._stepping):
+            views = self._views(self._stepping)
         if self._previous is not None:
             self._previous.note_step(list(views.values()), self._stepping)
         if self.fused:
@@ -103,9 +106,8 @@ class Projector:
         else:
             self._project(views)
 
-    def _statistics(self) -> torch.Tensor:
+    def _statistics(self, views: dict[int, ShardView]) -> torch.Tensor:
         """This rank's statistics of all layers, [L, K] float64 on the shards' device."""
-        views = self._views(range(len(self.backend.specs)))
         early = [] if self._early is None else self._early.ready()
         rest = list(views) if not early else sorted(set(views) - set(early))
         if self._previous is not None:

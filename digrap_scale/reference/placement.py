@@ -6,14 +6,12 @@ Shapes: L layers, N local elements.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Some of the elements that this rank holds of one layer, and their reference.
 
     Attributes:
@@ -51,9 +49,10 @@ class HeldReference:
     def __init__(self, slices_L: Sequence[torch.Tensor | None], name: str) -> None:
         self.name = name
         self.slices_L = list(slices_L)
+        self._pieces_L = [Piece(layer, slice(None), tensor) for layer, tensor in enumerate(slices_L)]
 
     def pieces(self, layers: Sequence[int]) -> Iterator[list[Piece]]:
-        yield [Piece(layer, slice(None), self.slices_L[layer]) for layer in layers]
+        yield [self._pieces_L[layer] for layer in layers]
 
     def prefetch(self) -> None:
         """Nothing to read."""

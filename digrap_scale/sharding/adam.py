@@ -32,7 +32,7 @@ def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState |
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["step"] += 1
     found = backend.adam_moments(layers)
-    present = [state[2].reshape(()).to(torch.float64) for state in found if state is not None]
+    present = [state[2].reshape(()) for state in found if state is not None]
     # One transfer for all step counts: fused optimizers keep them on the device.
     counts = iter(torch.stack(present).tolist() if present else [])
     settings: dict[int, AdamSettings] = {}

@@ -88,37 +88,34 @@ class RecomputedWeights:
         self._backend = backend
         self._wanted_L = wanted_L.tolist()
         self._settings_LS = torch.zeros(len(backend.specs), len(_SETTINGS), dtype=torch.float64)
-        self._factors_L: list[tuple[float, float, float, float] | None] | None = None
+        self._moments_L: list[AdamMoments | None] | None = None
 
     def fill(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
         """Give every view that has been stepped its ``moments``; one that never was gets nothing (⟨g, d_{t-1}⟩ = 0)."""
-        if self._factors_L is None:
-            self._factors_L = self._factors()
-        wanted = [i for i, layer in enumerate(layers) if self._factors_L[layer] is not None]
-        found = self._backend.adam_moments([layers[i] for i in wanted])
-        for i, state in zip(wanted, found, strict=True):
-            factors = self._factors_L[layers[i]]
-            if state is not None and factors is not None:
-                views[i].moments = AdamMoments(state[0], state[1], factors)
+        if self._moments_L is None:
+            self._moments_L = self._moments()
+        for layer, view in zip(layers, views, strict=True):
+            view.moments = self._moments_L[layer]
 
-    def _factors(self) -> list[tuple[float, float, float, float] | None]:
+    def _moments(self) -> list[AdamMoments | None]:
         """What every layer's last step is computed again with; None for layers that were never stepped or not wanted."""
         rows = self._settings_LS.tolist()
         wanted = [layer for layer, row in enumerate(rows) if self._wanted_L[layer] and row[0] > 0]
         states = self._backend.adam_moments(wanted)
-        present = [(layer, state[2]) for layer, state in zip(wanted, states, strict=True) if state is not None]
-        factors_L: list[tuple[float, float, float, float] | None] = [None] * len(rows)
+        present = [(layer, state) for layer, state in zip(wanted, states, strict=True) if state is not None]
+        moments_L: list[AdamMoments | None] = [None] * len(rows)
         if not present:
-            return factors_L
+            return moments_L
         # One transfer for all step counts: fused optimizers keep them on the device.
-        counts = torch.stack([count.reshape(()).to(torch.float64) for _, count in present]).tolist()
-        for (layer, _), count in zip(present, counts, strict=True):
+        counts = torch.stack([state[2].reshape(()) for _, state in present]).tolist()
+        for (layer, (first, second, _)), count in zip(present, counts, strict=True):
             _, lr, decay, beta1, beta2, eps = rows[layer]
             if lr == 0 or count == 0:  # not moved: θ_{t-2} = θ_{t-1}
-                factors_L[layer] = (1.0, 0.0, 1.0, eps)
+                factors = (1.0, 0.0, 1.0, eps)
             else:
-                factors_L[layer] = (1 - lr * decay, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), eps)
-        return factors_L
+                factors = (1 - lr * decay, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), eps)
+            moments_L[layer] = AdamMoments(first, second, factors)
+        return moments_L
 
     def note_step(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
         """Called before the optimizer changes ``layers``: remember what it will do it with."""
@@ -131,7 +128,7 @@ class RecomputedWeights:
             rows.append([1.0, lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]])
         if rows:
             self._settings_LS[list(layers)] = torch.tensor(rows, dtype=torch.float64)
-        self._factors_L = None
+        self._moments_L = None
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Nothing."""
@@ -152,7 +149,7 @@ class RecomputedWeights:
             raise CheckpointError(
                 "method state: it holds the weights before the last step; attach with previous='stored' to continue it"
             )
-        self._factors_L = None
+        self._moments_L = None
         for layer, spec in enumerate(self._backend.specs):
             if spec.name in state["last_step"]:
                 self._settings_LS[layer] = state["last_step"][spec.name]

@@ -266,5 +266,6 @@ def test_compiled_equals_eager_from_moments() -> None:
         want = float((grad.double() * d).sum())
         scale = float((grad.double() * d).abs().sum())
         for kernels in (EAGER, CompiledKernels()):
-            sums = kernels.gradient_products(grad, weight, reference, None, True, moments)
+            factors = K.device_rows([moments.factors], weight.device)[0]
+            sums = kernels.gradient_products(grad, weight, reference, None, True, moments, factors)
             assert abs(float(sums[S.GRAD_PREVIOUS]) - want) < 1e-6 * scale, kernels.name
