@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+LARGE, PACK = (
+    1 << 21,
+    1 << 23,
+)  # digrap_scale.method.kernels: elements of a layer by itself, and of a pack of small ones
+PACK_LAUNCHES_US = 25 * 5  # eager operations on a pack
+PACK_BYTES = 2.5  # packing writes every operand once more and reads it again
 
 # Bytes moved a parameter in float32 masters, bfloat16 reference.
 ADAM = 28  # read g, θ, m, v; write θ, m, v
@@ -25,13 +33,15 @@ class Machine:
 
     Attributes:
         memory_gb_s: what a kernel gets of a GPU's memory.
-        launch_us: the host's time to launch one kernel of ours (the compiled call's guards included).
+        host_us: the host's own time for one layer: its view, its places in lists.
+        launch_us: the host's time for one large layer's kernel (a compiled call, guards included).
         hop_us: latency of one hop of an all-reduce, between hosts.
         gpus_per_host: hops inside a host cost a tenth.
         conflicts: share of parameters in layers that are in conflict.
     """
 
     memory_gb_s: float
+    host_us: float
     launch_us: float
     hop_us: float
     gpus_per_host: int
@@ -42,25 +52,35 @@ def step_ms(parameters: float, layers: int, gpus: int, machine: Machine, form: s
     """Milliseconds a step on one GPU: what AdamW takes, what DiGraP adds by kind, and bytes that cross ranks."""
     local = parameters / gpus
 
-    def pass_ms(bytes_a_parameter: float) -> float:
-        return local * bytes_a_parameter / (machine.memory_gb_s * 1e9) * 1e3
+    packed = local / layers < LARGE
 
-    # Each layer has one kernel a pass; a pass takes as long as its bytes or its launches, whichever is longer.
-    launches = layers * machine.launch_us / 1e3
+    def pass_ms(bytes_a_parameter: float) -> float:
+        return local * bytes_a_parameter / (machine.memory_gb_s * 1e9) * 1e3 * (PACK_BYTES if packed else 1.0)
+
+    # A pass takes as long as its bytes or its launches, whichever is longer: one kernel a layer, or a few a pack.
+    launches = math.ceil(local / PACK) * PACK_LAUNCHES_US / 1e3 if packed else layers * machine.launch_us / 1e3
+    host = layers * machine.host_us / 1e3
     hosts = max(1, gpus // machine.gpus_per_host)
     hops_us = (
         2 * (math.log2(hosts) + 0.1 * math.log2(min(gpus, machine.gpus_per_host))) * machine.hop_us if gpus > 1 else 0
     )
     reduce_ms = hops_us / 1e3 + layers * 32 * 2 / 25e9 * 1e3  # a tree; 25 GB/s between hosts
-    adam = pass_ms(ADAM)
+    adam = local * ADAM / (machine.memory_gb_s * 1e9) * 1e3
     statistics = max(pass_ms(STATISTICS), launches)
     if form == "separate":
         added = statistics + max(pass_ms(PROJECTION * machine.conflicts), launches * machine.conflicts)
     elif form == "fused":
-        added = statistics + max(pass_ms(ADAM + FUSED_EXTRA * machine.conflicts), launches) - adam
-    else:  # backward: the statistics are hidden
-        added = max(pass_ms(ADAM + FUSED_EXTRA * machine.conflicts), launches) - adam
-    return {"adam": adam, "added": added + reduce_ms, "reduce": reduce_ms, "bytes": layers * 32.0}
+        added = statistics + _fused(adam, pass_ms, launches, machine.conflicts, packed)
+    else:  # backward: large layers' statistics are hidden
+        added = (statistics if packed else 0.0) + _fused(adam, pass_ms, launches, machine.conflicts, packed)
+    return {"adam": adam, "added": added + host + reduce_ms, "reduce": reduce_ms, "bytes": layers * 32.0}
+
+
+def _fused(adam: float, pass_ms: Callable[[float], float], launches: float, conflicts: float, packed: bool) -> float:
+    """What the fused step takes beyond AdamW's: small layers are projected in packs, then stepped by torch's kernel."""
+    if packed:
+        return max(pass_ms(PROJECTION * conflicts), launches * conflicts)
+    return max(pass_ms(ADAM + FUSED_EXTRA * conflicts), launches) - adam
 
 
 def main() -> None:
@@ -68,6 +88,7 @@ def main() -> None:
     parser.add_argument("--billions", type=float, default=3.0, help="trained parameters (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=600, help="tensors (default: %(default)s)")
     parser.add_argument("--memory-gb-s", type=float, default=1600.0, help="(default: %(default)s)")
+    parser.add_argument("--host-us", type=float, default=25.0, help="(default: %(default)s)")
     parser.add_argument("--launch-us", type=float, default=30.0, help="(default: %(default)s)")
     parser.add_argument("--hop-us", type=float, default=15.0, help="(default: %(default)s)")
     parser.add_argument("--gpus-per-host", type=int, default=8, help="(default: %(default)s)")
@@ -75,7 +96,14 @@ def main() -> None:
     parser.add_argument("--tokens-per-gpu", type=float, default=8192, help="tokens of one step (default: %(default)s)")
     parser.add_argument("--tflops", type=float, default=250.0, help="that training reaches (default: %(default)s)")
     options = parser.parse_args()
-    machine = Machine(options.memory_gb_s, options.launch_us, options.hop_us, options.gpus_per_host, options.conflicts)
+    machine = Machine(
+        options.memory_gb_s,
+        options.host_us,
+        options.launch_us,
+        options.hop_us,
+        options.gpus_per_host,
+        options.conflicts,
+    )
     compute_ms = 6 * options.billions * 1e9 * options.tokens_per_gpu / (options.tflops * 1e12) * 1e3
     print(f"{options.billions:g} B parameters, {options.layers} layers, forward and backward {compute_ms:.0f} ms\n")
     print(

@@ -229,8 +229,10 @@ def fill_shards(model: nn.Module, slices: Slices | None, device: torch.device) -
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    detached = tensor.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    # Not the public to_local(): it goes through autograd and costs ten times as much, for each of thousands of tensors in
+    # each step. tests/sharding holds the attribute against it.
+    local: torch.Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.detach()
 
 
 def _separate_plain_tensors(optimizer: Optimizer) -> None:

@@ -152,9 +152,14 @@ def make_cases(backend: str, file: str) -> dict[str, Case]:
     return cases
 
 
-@pytest.fixture(
-    scope="module", params=[(b, r) for b in ("ddp", "fsdp2", "zero3") for r in (2, 3)], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+PLACES = [
+    pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=pytest.mark.slow if ranks == 4 else ())
+    for backend in ("ddp", "fsdp2", "zero3")
+    for ranks in (2, 3, 4)
+]
+
+
+@pytest.fixture(scope="module", params=PLACES)
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Case], list[dict]]:
@@ -162,6 +167,8 @@ def trained(
     folder = tmp_path_factory.mktemp("reference")
     save_file(make_theta0(make_toy()), folder / "model.safetensors")
     cases = make_cases(backend, str(folder))
+    if ranks == 4:  # a rank's share of the batch is three samples
+        cases = {key: replace(case, accumulation=3 if case.accumulation > 1 else 1) for key, case in cases.items()}
     return backend, cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all, cases)
 
 

@@ -28,7 +28,8 @@ from tests.distributed.toy import make_batches, make_toy
 from tests.distributed.training_runs import DECAY, GLOBAL_BATCH, LR, STEPS, group_of
 from tests.plain_digrap import Reference, run
 
-BACKENDS = ("ddp", "fsdp2", "zero3")
+BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+QUICK = ("fsdp2", "zero3")
 Trained = tuple[dict[str, LoraCase], list[dict[str, Any]]]
 
 
@@ -93,7 +94,10 @@ def check(case: LoraCase, got: dict[str, Any], reference: Reference) -> None:
 
 
 PLACES = [
-    *(pytest.param((backend, 2), id=f"{backend}-2") for backend in BACKENDS),
+    *(
+        pytest.param((backend, 2), id=f"{backend}-2", marks=[] if backend in QUICK else pytest.mark.slow)
+        for backend in BACKENDS
+    ),
     *(pytest.param((backend, 3), id=f"{backend}-3", marks=pytest.mark.slow) for backend in BACKENDS),
 ]
 

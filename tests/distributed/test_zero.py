@@ -12,6 +12,8 @@ from tests.distributed.test_equivalence import METHODS, compare, expected
 from tests.distributed.training_runs import Case, train_all
 
 STEPS = 14
+FUSED = {"strength_lr": 0.05, "projection": "fused"}
+CLIPS = {"gradient_clipping": 0.5}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -29,6 +31,8 @@ CORE = {
     "2 plain": case(2, max_grad_norm=0.5),
     "2 update, engine clips by default": case(2, "digrap_update", max_grad_norm=1.0, zero={"gradient_clipping": None}),
     "2 accumulation": case(2, accumulation=2),
+    "1 fused": replace(case(1, max_grad_norm=0.5), options=FUSED, large_elements=4),
+    "2 fused": replace(case(2, accumulation=2), options=FUSED),
 }
 OPTIONS = {
     "0 is DDP": case(0, accumulation=2),
@@ -42,6 +46,11 @@ OPTIONS = {
     "2 aligned": case(2, "digrap", {"parameter_alignment": True}, max_grad_norm=0.5),
     "2 overlap, small buckets": case(
         2, "digrap", {"overlap_comm": True, "reduce_bucket_size": 20, "allgather_bucket_size": 20}, accumulation=2
+    ),
+    "2 fused, offload, engine clips": replace(
+        case(2, "digrap", OFFLOAD, max_grad_norm=0.5, zero={"zero_force_ds_cpu_optimizer": False, **CLIPS}),
+        options=FUSED,
+        large_elements=4,
     ),
     "2 offload": case(
         2,

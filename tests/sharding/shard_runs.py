@@ -61,6 +61,9 @@ def fsdp2_shards() -> dict[str, Any]:
     optimizer.step()
     specs = projector.backend.specs
     initial = projector._reference.slices_L
+    sharded = [p for p in model.parameters() if hasattr(p, "to_local")]
+    assert all(projector.backend.local(p).data_ptr() == p.to_local().data_ptr() for p in sharded)
+    assert all(torch.equal(projector.backend.local(p), p.to_local()) for p in sharded)
     return {
         "intervals": {spec.name: [spec.start, spec.stop] for spec in specs},
         "replicated": [spec.name for spec in specs if spec.replicated],
