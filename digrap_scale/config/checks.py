@@ -143,7 +143,12 @@ def _statistics(statistics: str, backend: str, placement: str) -> Iterable[Probl
         )
 
 
-def _streamed(placement: str, source: str) -> Iterable[Problem]:
+def _streamed(placement: str, source: str, buffer_bytes: int) -> Iterable[Problem]:
+    if placement != "stream" and buffer_bytes != 256 << 20:
+        yield (
+            ("reference", "buffer_bytes"),
+            f"expected no value with reference.placement `{placement}`, found {buffer_bytes}; it is for `stream`",
+        )
     if placement == "stream" and source == "initial":
         yield (
             ("reference", "placement"),
@@ -197,7 +202,7 @@ CHECKS = (
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),
     Check(("training.statistics", "sharding.backend", "reference.placement"), _statistics),
-    Check(("reference.placement", "reference.source"), _streamed),
+    Check(("reference.placement", "reference.source", "reference.buffer_bytes"), _streamed),
     Check(("training.projection", "optimizer.name"), _projection),
     Check(("evaluation.suite",), _suite_names),
 )

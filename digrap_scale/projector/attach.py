@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -64,8 +65,9 @@ def attach(
         kernels: how large layers are walked: ``"eager"``, ``"compile"`` (torch.compile), or ``"auto"``: compiled where a
             rank holds 32 M trained elements or more and a compiler is there. The choice is logged.
         projection: ``"separate"``: gradients are changed before the optimizer's step; ``"fused"``: the hook takes the step
-            of torch's AdamW or Adam itself, with the projection in the same pass over memory, and leaves the same state
-            and gradients as they were; ``"auto"``: fused where it can be and kernels are compiled.
+            of torch's AdamW or Adam itself, with the projection in the same pass over memory, and leaves the state that
+            they would have left; ``"auto"``: fused where it can be and kernels are compiled. Either way gradients are
+            used up by the step: afterwards they are neither the raw nor all the projected ones.
         statistics: ``"step"``, or ``"backward"``: those of large layers are taken while backward runs, as soon as their
             gradient is there (one process or FSDP2). With accumulation, see ``Projector.expect_step``.
         method_options: arguments of the method given by name (``strength_lr=1e-2``).
@@ -83,6 +85,14 @@ def attach(
     if any(hooked in attached for hooked in backend.hooked):
         raise ConfigError("attach: this optimizer has a projector already; call its detach() first")
     module = unwrap(model)
+    # The same on all ranks, also where shards are uneven: tensors that every rank steps for itself must stay equal.
+    elements = sum(math.prod(spec.shape) for spec in backend.specs) // backend.shard_ranks
+    try:
+        chosen.kernels = choose_kernels(kernels, elements, backend.weights()[0].device)
+    except ValueError as error:
+        raise ConfigError(f"attach: {error}") from error
+    fused = _fused(projection, chosen, backend)
+    recompute = _recomputes(previous, chosen, backend)
     exempt = _matching(not_projected, [spec.name for spec in backend.specs])
     held: ReferenceShards = HeldReference([None] * len(backend.specs), "none")
     projected_L = torch.zeros(len(backend.specs), dtype=torch.bool)
@@ -103,11 +113,9 @@ def attach(
             reference_buffer_bytes,
         )
         projected_L = torch.tensor(projected)
-    try:
-        chosen.kernels = choose_kernels(kernels, sum(spec.numel for spec in backend.specs), backend.weights()[0].device)
-    except ValueError as error:
-        raise ConfigError(f"attach: {error}") from error
-    weights_before = _previous(previous, chosen, backend, projected_L)
+    weights_before: PreviousWeights | None = None
+    if chosen.needs_previous:
+        weights_before = (RecomputedWeights if recompute else KeptWeights)(backend, projected_L)
     projector = Projector(
         backend,
         chosen,
@@ -115,7 +123,7 @@ def attach(
         projected_L,
         weights_before,
         max_grad_norm=max_grad_norm,
-        fused=_fused(projection, chosen, backend),
+        fused=fused,
         early=statistics == "backward",
     )
     logger.info(projector.summary())
@@ -143,17 +151,16 @@ def _check_options(model: Any, reference_placement: str, max_grad_norm: float | 
         )
 
 
-def _previous(choice: str, method: Method, backend: Backend, projected_L: torch.Tensor) -> PreviousWeights | None:
-    """How the weights before the last step are had, or None for a method that does not look back."""
+def _recomputes(choice: str, method: Method, backend: Backend) -> bool:
+    """Whether the weights before the last step are computed again, not kept (for a method that looks back at them)."""
     if choice not in ("auto", "stored", "recomputed"):
         raise ConfigError(f"previous: expected 'auto', 'stored' or 'recomputed', found {choice!r}")
     if not method.needs_previous:
-        return None
+        return False
     obstacle = f"{method.name} acts on the update itself" if method.acts_on_update else can_recompute(backend)
     if choice == "recomputed" and obstacle is not None:
         raise ConfigError(f"previous='recomputed': {obstacle}; use 'stored'")
-    recompute = choice != "stored" and obstacle is None
-    return RecomputedWeights(backend, projected_L) if recompute else KeptWeights(backend, projected_L)
+    return choice != "stored" and obstacle is None
 
 
 def _fused(choice: str, method: Method, backend: Backend) -> bool:

@@ -14,11 +14,15 @@ from digrap_scale.method.kernels import large_from
 from digrap_scale.method.statistics import GRADIENT_STATISTICS
 from digrap_scale.sharding.base import Backend
 
+SAMPLED_ELEMENTS = 256
+
 
 class EarlyStatistics:
     """Large layers' statistics, kept until the step; small ones are cheaper together, in the step.
 
-    A layer whose gradient or weight was written to since (clipping, unscaling) does not count: its step measures it again.
+    A layer whose gradient or weight was written to since (clipping, unscaling, a reduction of the user's own) does not
+    count: its step measures it again. Version counters tell most writes; some (GradScaler's unscaling, collectives) do
+    not count themselves, so a sample of the gradient's elements is compared as well.
 
     Args:
         backend: tells when a layer's gradient is there.
@@ -40,6 +44,7 @@ class EarlyStatistics:
         self._large_L = [spec.numel >= large_from(device) for spec in backend.specs]
         self._stats_LK = torch.zeros(layers, GRADIENT_STATISTICS, dtype=torch.float64, device=device)
         self._stamps: dict[int, Hashable] = {}
+        self._samples_LN = torch.zeros(layers, SAMPLED_ELEMENTS, device=device)
         self._taken: Any = None
         self._handles = backend.watch_gradients(self._gradient_is_there)
 
@@ -50,19 +55,37 @@ class EarlyStatistics:
             return
         self._stats_LK[layer] = self._measure(layer)[0]
         self._stamps[layer] = self._backend.stamp(layer)
+        self._samples_LN[layer] = self._sample(layer)
         if self._stats_LK.device.type != "cpu":
             # The hook may run on another stream than the step (FSDP2 reduces gradients on one of its own).
             self._taken = torch.accelerator.current_stream().record_event()
 
+    def _sample(self, layer: int) -> torch.Tensor:
+        """Some elements of the layer's gradient, far apart."""
+        (view,) = self._backend.views([layer])
+        assert view.grad is not None
+        return view.grad[:: view.grad.numel() // SAMPLED_ELEMENTS][:SAMPLED_ELEMENTS].float()
+
     def ready(self) -> list[int]:
         """The layers whose statistics hold."""
-        return [layer for layer, stamp in self._stamps.items() if self._backend.stamp(layer) == stamp]
+        layers = [layer for layer, stamp in self._stamps.items() if self._backend.stamp(layer) == stamp]
+        if not layers:
+            return []
+        self._wait()
+        now_LN = torch.stack([self._sample(layer) for layer in layers])
+        # Not equal to itself: NaN. Such a layer is measured again.
+        same_L = (now_LN == self._samples_LN[layers]).all(1).tolist()
+        return [layer for layer, same in zip(layers, same_L, strict=True) if same]
 
-    def take(self, layers: Sequence[int]) -> torch.Tensor:
-        """Their rows [len(layers), K], once; the next step's are measured anew."""
+    def _wait(self) -> None:
+        """On accelerators: the step's stream waits for what the hooks have launched."""
         if self._taken is not None:
             torch.accelerator.current_stream().wait_event(self._taken)
             self._taken = None
+
+    def take(self, layers: Sequence[int]) -> torch.Tensor:
+        """Their rows [len(layers), K], once; the next step's are measured anew."""
+        self._wait()
         self._stamps = {}
         return self._stats_LK[list(layers)]
 

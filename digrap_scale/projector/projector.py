@@ -82,7 +82,7 @@ class Projector:
             stats_LK = self._statistics(views)
             backend.reduce_(stats_LK)
             stats_LK = stats_LK.cpu()
-            lr_L = torch.tensor([float(backend.group(i)["lr"]) for i in range(len(stats_LK))], dtype=torch.float64)
+            lr_L = torch.tensor([view.lr for view in views.values()], dtype=torch.float64)
             # torch's get_/set_optimizer_state_dict make an optimizer's state by a step with gradient and rate 0.
             self._idle = not lr_L.any() and not stats_LK[:, S.GRAD_SQ].any()
             self._unstepped = len(stats_LK)
@@ -164,6 +164,8 @@ class Projector:
                 method.apply_update_(parts, [piece.layer for piece in pieces], stats_LK[of_pieces])
             self._summarize()
         backend.finish_step()
+        if self._previous is not None:
+            self._previous.forget()
         self._unstepped -= len(self._stepping)
         if self._unstepped <= 0:
             self._reference.prefetch()
@@ -179,6 +181,8 @@ class Projector:
 
     def _walk(self, views: Mapping[int, ShardView], layers: Sequence[int]) -> Iterator[_Portion]:
         """``layers`` in portions, as the reference comes: its pieces, and the views cut to them."""
+        if not layers:
+            return
         for pieces in self._reference.pieces(layers):
             parts = []
             for piece in pieces:

@@ -8,6 +8,7 @@ would count as this process's resident memory until the system takes them back. 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ class StreamedReference:
             if source is not None and source.file not in self._files:
                 descriptor = os.open(source.file, os.O_RDONLY)
                 self._files[source.file] = (descriptor, _stamp(descriptor))
+        # Also when nobody calls close(): an attach() that fails half way, a projector that is dropped.
+        self._let_go = weakref.finalize(self, _close, [descriptor for descriptor, _ in self._files.values()])
         self._all_layers = self._portions(range(len(self._sources_L)))
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference")
         self._pending: list[Future[None]] = []
@@ -108,9 +111,11 @@ class StreamedReference:
                 fills.append(self._fill(number + 1, portions[number + 1]))
             _result(fills[number])
             half = self._halves[number % 2]
-            yield half.pieces + [Piece(layer, slice(None), None) for layer, first, _ in portion if first == _WHOLE]
-            if self._on_accelerator:
-                half.in_use = torch.accelerator.current_stream().record_event()
+            try:
+                yield half.pieces + [Piece(layer, slice(None), None) for layer, first, _ in portion if first == _WHOLE]
+            finally:
+                if self._on_accelerator:
+                    half.in_use = torch.accelerator.current_stream().record_event()
 
     def prefetch(self) -> None:
         if not self._pending:
@@ -121,9 +126,7 @@ class StreamedReference:
 
     def close(self) -> None:
         self._reader.shutdown(wait=True)
-        for descriptor, _ in self._files.values():
-            os.close(descriptor)
-        self._files = {}
+        self._let_go()
 
     def _settle(self) -> None:
         """Wait for what was read ahead; a half that holds the right portion is not read again."""
@@ -216,6 +219,11 @@ def _result(future: Future[None]) -> None:
         future.result()
     except OSError as error:
         raise CheckpointError(f"{error.filename or 'reference'}: cannot be read any more ({error})") from error
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

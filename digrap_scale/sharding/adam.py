@@ -18,10 +18,12 @@ def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState |
     The state's layout is torch's own (``step``, ``exp_avg``, ``exp_avg_sq`` in ``optimizer.state``), so that checkpoints
     and a later plain step know no difference; tests/distributed/test_fused.py holds it against torch's.
     """
+    counted: dict[torch.device, list[torch.Tensor]] = {}
     for optimizer in backend.hooked:
+        known = {id(tensor) for tensor in backend.stepped()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is None or id(parameter) not in known:
                     continue
                 state = optimizer.state[parameter]
                 if not state:
@@ -30,11 +32,15 @@ def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState |
                     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                     state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["step"] += 1
+                for key in ("exp_avg", "exp_avg_sq"):
+                    # Loaded from weights of other strides: the flat views below must not be copies.
+                    if not backend.local(state[key]).is_contiguous():
+                        state[key] = state[key].contiguous()
+                counted.setdefault(state["step"].device, []).append(state["step"])
+    for steps in counted.values():
+        torch._foreach_add_(steps, 1)  # as torch's own optimizers count: one launch, not one a parameter
     found = backend.adam_moments(layers)
-    present = [state[2].reshape(()) for state in found if state is not None]
-    # One transfer for all step counts: fused optimizers keep them on the device.
-    counts = iter(torch.stack(present).tolist() if present else [])
+    counts = iter(step_counts([state[2] for state in found if state is not None]))
     settings: dict[int, AdamSettings] = {}
     states: list[AdamState | None] = []
     for layer, state in zip(layers, found, strict=True):
@@ -46,6 +52,16 @@ def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState |
             settings[id(group)] = _settings(group)
         states.append(AdamState(state[0], state[1], int(next(counts)), settings[id(group)]))
     return states
+
+
+def step_counts(steps: Sequence[torch.Tensor]) -> list[float]:
+    """The numbers in one-element tensors, by one transfer a device: fused optimizers keep them where the weights are."""
+    counts = [0.0] * len(steps)
+    for device in {step.device for step in steps}:
+        here = [i for i, step in enumerate(steps) if step.device == device]
+        for i, count in zip(here, torch.stack([steps[i].reshape(()) for i in here]).tolist(), strict=True):
+            counts[i] = count
+    return counts
 
 
 def _settings(group: dict[str, Any]) -> AdamSettings:

@@ -131,11 +131,13 @@ class Backend:
         """The shards of ``layers`` (all by default) with their gradients; reference and previous are not filled."""
         self._copied = []
         views = []
+        # Once a group, not once a layer: a rate may be a tensor on the device.
+        lr_of = [float(group["lr"]) for group in self.hooked[0].param_groups]
         for layer in range(len(self.specs)) if layers is None else layers:
-            spec, (_, parameter, _) = self.specs[layer], self._trained[layer]
+            spec, (_, parameter, group) = self.specs[layer], self._trained[layer]
             weight = self._flat_weight(spec, parameter)
             grad = None if parameter.grad is None else self._flat_grad(self.local(parameter.grad))
-            views.append(ShardView(spec, weight, grad, lr=float(self.group(layer)["lr"])))
+            views.append(ShardView(spec, weight, grad, lr=lr_of[group]))
         return views
 
     def adam_moments(self, layers: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
@@ -156,6 +158,15 @@ class Backend:
         """The optimizer's settings for a layer, as they are now (loading an optimizer's state replaces the dicts)."""
         group: dict[str, Any] = self.hooked[0].param_groups[self._trained[layer][2]]
         return group
+
+    def stepped(self) -> Sequence[torch.Tensor]:
+        """The tensors that the optimizer step under way changes, of those that are known here."""
+        return [parameter for _, parameter, _ in self._trained]
+
+    @property
+    def shard_ranks(self) -> int:
+        """How many ranks a copy of the weights is spread over."""
+        return 1
 
     def stepping(self) -> Sequence[int]:
         """The layers that the optimizer step under way will change (all of them, but for ZeRO's groups and sub-groups)."""

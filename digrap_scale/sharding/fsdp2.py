@@ -109,6 +109,10 @@ class FSDP2Backend(Backend):
     def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
         return gather_intervals(self.specs[layer], local, self._group)
 
+    @property
+    def shard_ranks(self) -> int:
+        return dist.get_world_size(self._group)
+
     def reduce_(self, stats_LK: torch.Tensor) -> None:
         assert self._group is not None
         if dist.get_rank(self._group) != 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from digrap_scale.errors import CheckpointError
+from digrap_scale.sharding.adam import step_counts
 from digrap_scale.sharding.base import Backend
 from digrap_scale.types import AdamMoments, ShardView
 
@@ -45,6 +46,9 @@ class KeptWeights:
             else:
                 kept.copy_(view.weight)
 
+    def forget(self) -> None:
+        """Nothing is looked up."""
+
     def held_tensors(self) -> list[torch.Tensor]:
         """The shards that are kept."""
         return [kept for kept in self._kept_L if kept is not None]
@@ -63,8 +67,13 @@ class KeptWeights:
         """The inverse of ``state``.
 
         Raises:
-            CheckpointError: a tensor of another shape.
+            CheckpointError: a tensor of another shape, or a state saved where the weights were recomputed instead.
         """
+        if not state["previous"] and any(float(settings[0]) > 0 for settings in state["last_step"].values()):
+            raise CheckpointError(
+                "method state: it holds no weights before the last step, they were computed from AdamW's moments; attach "
+                "with previous='recomputed' (torch's AdamW or Adam, float32) to continue it"
+            )
         specs, weights = self._backend.specs, self._backend.weights()
         for spec in specs:
             full = state["previous"].get(spec.name)
@@ -104,10 +113,7 @@ class RecomputedWeights:
         states = self._backend.adam_moments(wanted)
         present = [(layer, state) for layer, state in zip(wanted, states, strict=True) if state is not None]
         moments_L: list[AdamMoments | None] = [None] * len(rows)
-        if not present:
-            return moments_L
-        # One transfer for all step counts: fused optimizers keep them on the device.
-        counts = torch.stack([state[2].reshape(()) for _, state in present]).tolist()
+        counts = step_counts([state[2] for _, state in present])
         for (layer, (first, second, _)), count in zip(present, counts, strict=True):
             _, lr, decay, beta1, beta2, eps = rows[layer]
             if lr == 0 or count == 0:  # not moved: θ_{t-2} = θ_{t-1}
@@ -128,6 +134,9 @@ class RecomputedWeights:
             rows.append([1.0, lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]])
         if rows:
             self._settings_LS[list(layers)] = torch.tensor(rows, dtype=torch.float64)
+
+    def forget(self) -> None:
+        """After every step: what was looked up in the optimizer's state may be replaced before the next."""
         self._moments_L = None
 
     def held_tensors(self) -> list[torch.Tensor]:

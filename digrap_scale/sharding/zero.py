@@ -102,6 +102,13 @@ class ZeroBackend(Backend):
         """The gradient norm with the loss scale still in it."""
         return float(self._zero._global_grad_norm) * float(self._zero.loss_scale)
 
+    def stepped(self) -> Sequence[torch.Tensor]:
+        return [self._flats[number] for number in sorted(self._active())]
+
+    @property
+    def shard_ranks(self) -> int:
+        return dist.get_world_size(self._group)
+
     def stepping(self) -> Sequence[int]:
         active = self._active()
         return [layer for layer, place in enumerate(self._place) if place.flat in active]

@@ -84,6 +84,7 @@ def _train(config: Config, here: Place) -> None:
             train=True,
         )
         train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
+        projector.detach()
         if config.checkpoint.final:
             save_final(run, folder / "final", here)
             log.message(f"weights: {folder / 'final'}")

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import digrap_scale
+from digrap_scale.errors import CheckpointError
 from tests.distributed.toy import make_batches, make_theta0, make_toy
 from tests.distributed.training_runs import large_layers
 
@@ -201,6 +202,136 @@ def test_other_micro_batches_are_not_measured() -> None:
     optimizer.zero_grad()
     model(torch.ones(2, 64)).sum().backward()
     assert projector._early.ready() == [], "detached: backward is plain again"
+
+
+def unscaled_by_a_scaler(model: Wide, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(optimizer)
+
+
+def written_behind_autograd(model: Wide, optimizer: torch.optim.Optimizer) -> None:
+    model.up.weight.grad.data.mul_(1 / 1024)
+
+
+def replaced(model: Wide, optimizer: torch.optim.Optimizer) -> None:
+    grad = model.up.weight.grad / 1024
+    model.up.weight.grad = None
+    model.up.weight.grad = grad
+
+
+@pytest.mark.parametrize("change", [unscaled_by_a_scaler, written_behind_autograd, replaced])
+def test_a_gradient_that_is_changed_without_a_trace_is_measured_again(change: Callable[..., None]) -> None:
+    """None of these counts as a write with autograd."""
+    seen = []
+    for when in ("step", "backward"):
+        model = Wide()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        theta0 = {n: p.detach() * 0.9 for n, p in model.named_parameters()}
+        projector = digrap_scale.attach(model, optimizer, reference=theta0, statistics=when)
+        (model(torch.ones(2, 64)).square().sum() * 1024).backward()
+        change(model, optimizer)
+        optimizer.step()
+        seen.append((projector.report.grad_norm, projector.method.coefficient_L))
+    assert seen[0][0] == seen[1][0] and torch.equal(seen[0][1], seen[1][1])
+
+
+def test_all_layers_measured_during_backward() -> None:
+    """Nothing is left for the step to measure."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 300, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    projector = digrap_scale.attach(model, optimizer, reference="zero", statistics="backward", projection="fused")
+    model(torch.ones(2, 300)).square().sum().backward()
+    norm = float(model.weight.grad.norm())
+    optimizer.step()
+    assert projector.report.grad_norm == pytest.approx(norm, rel=1e-5)  # torch's norm is a float32 sum
+
+
+def test_parameters_that_come_later_are_torchs() -> None:
+    """A group that is added after attach has a step count and weights as if there were no projector."""
+    results = []
+    for projection in ("separate", "fused"):
+        model = make_toy()
+        later = torch.nn.Parameter(torch.ones(3))
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+        digrap_scale.attach(model, optimizer, method="none", projection=projection)
+        optimizer.add_param_group({"params": [later]})
+        for x, y in BATCHES[:3]:
+            (cross_entropy(model(x), y) + later.square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((later.detach().clone(), float(optimizer.state[later]["step"])))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1] == 3
+
+
+def test_moments_of_other_strides_are_stepped() -> None:
+    """State saved while weights were channels_last, loaded beside contiguous ones: flat views of it must not be copies."""
+    torch.manual_seed(0)
+    state = None
+    moved = {}
+    for projection in ("separate", "fused"):
+        model = torch.nn.Conv2d(16, 64, 9)
+        optimizer = adamw(list(model.parameters()))
+        model(torch.ones(1, 16, 9, 9)).sum().backward()
+        optimizer.step()
+        if state is None:
+            state = copy.deepcopy(optimizer.state_dict())
+            for key in ("exp_avg", "exp_avg_sq"):
+                state["state"][0][key] = state["state"][0][key].to(memory_format=torch.channels_last)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        digrap_scale.attach(model, optimizer, method="none", projection=projection)
+        optimizer.zero_grad()
+        (model(torch.ones(1, 16, 9, 9)) * -3).sum().backward()
+        optimizer.step()
+        moved[projection] = optimizer.state[model.weight]["exp_avg"].clone()
+    torch.testing.assert_close(moved["fused"], moved["separate"].contiguous(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["projector", "optimizer"])
+def test_resume_in_either_order(first: str) -> None:
+    """torch makes an optimizer's state by a step of rate 0: it must not hide the moments that then come."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    straight, _, whole = run(adamw, "separate")
+    model = make_toy()
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    projector = digrap_scale.attach(model, optimizer, reference=make_theta0(make_toy()), strength_lr=0.05)
+    for x, y in BATCHES[:6]:
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theta0 = make_theta0(make_toy())
+    saved = (model.state_dict(), get_optimizer_state_dict(model, optimizer), projector.state_dict())
+    again = make_toy()
+    again.load_state_dict(saved[0])
+    other = adamw([p for p in again.parameters() if p.requires_grad])
+    resumed = digrap_scale.attach(again, other, reference=theta0, strength_lr=0.05)
+    for what in ("projector", "optimizer") if first == "projector" else ("optimizer", "projector"):
+        if what == "projector":
+            resumed.load_state_dict(saved[2])
+        else:
+            set_optimizer_state_dict(again, other, optim_state_dict=saved[1], options=StateDictOptions(strict=False))
+    for x, y in BATCHES[6:]:
+        cross_entropy(again(x), y).backward()
+        other.step()
+        other.zero_grad()
+    assert resumed.strength() == pytest.approx(whole.strength(), abs=1e-6)
+    for name, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter.detach(), straight[name], atol=1e-6, rtol=0)
+
+
+def test_a_state_without_the_weights_before_is_refused() -> None:
+    _, _, projector = run(adamw, "separate", steps=2)
+    model = make_toy()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    other = digrap_scale.attach(model, optimizer, reference=make_theta0(model))
+    with pytest.raises(CheckpointError, match="attach with previous='recomputed'"):
+        other.load_state_dict(projector.state_dict())
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_resident_memory_is_the_buffers(tmp_path: Path) -> None:
         save_file({name: file[name] for name in names}, tmp_path / folder / "model.safetensors")
     part = LAYERS * WIDTH * WIDTH * 2 / 2
     assert part >= 10 * BUFFER
-    bound = BUFFER + 24 * MIB  # a dozen blocks of 2 MiB that the kernels work on
+    bound = BUFFER + 32 * MIB  # a dozen blocks of 2 MiB that the kernels work on, and their heap
     folders = str(tmp_path / "whole"), str(tmp_path / "one")
     streamed = run_ranks(2, tmp_path / "stream", peak_growth, *folders, "stream")
     resident = run_ranks(2, tmp_path / "cpu", peak_growth, *folders, "cpu")
