@@ -35,7 +35,7 @@ class ShardSpec:
         return self.stop - self.start
 
 
-@dataclass
+@dataclass(slots=True)
 class AdamMoments:
     """What Adam's or AdamW's last step on a layer can be computed again from, instead of keeping the weights before it.
 
@@ -75,7 +75,7 @@ class AdamSettings:
     fused: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class AdamState:
     """One layer's state: the moments m and v ([N], changed in place), and which step this is (1 = the first)."""
 
@@ -89,7 +89,7 @@ class AdamState:
         return AdamState(self.first[part], self.second[part], self.count, self.settings)
 
 
-@dataclass
+@dataclass(slots=True)
 class ShardView:
     """One layer's shard, as flat tensors that alias the optimizer's own memory where the backend allows it.
 
@@ -116,10 +116,12 @@ class ShardView:
     moments: AdamMoments | None = None
     lr: float = 0.0
 
-    def part(self, part: slice) -> ShardView:
-        """The same of some of this rank's elements (``reference`` is left as it is: it may come in parts already)."""
+    def part(self, part: slice, reference: bool = False) -> ShardView:
+        """The same of some of this rank's elements; ``reference`` is left as it is (it may be the part's already), or cut
+        too."""
         return replace(
             self,
+            reference=self.reference[part] if reference and self.reference is not None else self.reference,
             weight=self.weight[part],
             grad=None if self.grad is None else self.grad[part],
             previous=None if self.previous is None else self.previous[part],

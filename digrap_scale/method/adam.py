@@ -48,7 +48,7 @@ def adam_(
     for (view, state, numbers), row_numbers in zip(large, on_device, strict=True):
         assert view.grad is not None
         reference = view.reference if numbers.factor != 0.0 else None
-        kernels.adam_(view.grad, view.weight, reference, state.first, state.second, row_numbers)
+        kernels.adam_(view.grad, view.weight, reference, state.first, state.second, numbers, row_numbers)
     add_displacement_([views[row] for row in small], [factors[row] for row in small], "grad", kernels, scale=clip)
     together: dict[tuple[AdamSettings, int], tuple[list[ShardView], list[AdamState]]] = {}
     for row in small:

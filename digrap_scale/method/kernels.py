@@ -73,17 +73,19 @@ def displacement(weight: torch.Tensor, reference: torch.Tensor | None) -> torch.
     return exact if reference is None else torch.sub(exact, reference)
 
 
-def weights_before(weight: torch.Tensor, moments: AdamMoments, part: slice = slice(None)) -> torch.Tensor:
-    """θ before Adam's last step, in float32, of a piece of the layer (``weight`` is that piece)."""
-    shrink, step_size, second_scale, eps = moments.factors
-    denominator = moments.second[part].sqrt().mul_(second_scale).add_(eps)
-    return torch.addcdiv(weight.float(), moments.first[part], denominator, value=step_size).div_(shrink)
-
-
 class Kernels:
-    """Cache-blocked eager."""
+    """Cache-blocked eager.
+
+    Attributes:
+        name: the config's word for it.
+        row_elements: sums are taken of whole rows of so many elements; what is left over of a layer goes with small ones.
+    """
 
     name = "eager"
+    row_elements = 1
+
+    def __init__(self) -> None:
+        self._scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def gradient_products(
         self,
@@ -107,15 +109,16 @@ class Kernels:
                 sums[3] += torch.dot(g, g)
             if not projected:
                 continue
-            r = _part(reference, block, weight.device)
-            d = displacement(weight[block], r)
+            w, r = weight[block], _part(reference, block, weight.device)
+            d = self._displacement(w, r, 0)
             sums[1] += torch.dot(d, d)
             if g is not None:
                 sums[0] += torch.dot(g, d)
                 if moments is not None:
-                    sums[2] += torch.dot(g, displacement(weights_before(weight[block], moments, block), r))
+                    before = self._weights_before(w, moments.part(block))
+                    sums[2] += torch.dot(g, before if r is None else before.sub_(r))
                 elif previous is not None:
-                    sums[2] += torch.dot(g, displacement(previous[block], r))
+                    sums[2] += torch.dot(g, self._displacement(previous[block], r, 1))
         return sums
 
     def update_products(
@@ -126,8 +129,8 @@ class Kernels:
         for start in range(0, weight.numel(), BLOCK_ELEMENTS):
             block = slice(start, start + BLOCK_ELEMENTS)
             before = previous[block].float()
-            u = weight[block].float() - before
-            sums[0] += torch.dot(u, displacement(before, _part(reference, block, weight.device)))
+            u = self._displacement(weight[block], before, 1)
+            sums[0] += torch.dot(u, self._displacement(before, _part(reference, block, weight.device), 0))
             sums[1] += torch.dot(u, u)
         return sums
 
@@ -146,7 +149,7 @@ class Kernels:
         """
         for start in range(0, target.numel(), BLOCK_ELEMENTS):
             block = slice(start, start + BLOCK_ELEMENTS)
-            d = displacement(theta[block], _part(reference, block, target.device))
+            d = self._displacement(theta[block], _part(reference, block, target.device), 0)
             part = target[block]
             exact = part if part.dtype == torch.float32 else part.float()
             if scale != 1.0:
@@ -162,24 +165,58 @@ class Kernels:
         reference: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
+        numbers: AdamNumbers,
         factors: torch.Tensor,
     ) -> None:
         """One step of Adam on ``weight``, its moments too, with the gradient scale · ``grad`` + factor · (θ − θ₀).
 
-        ``factors`` are the ``AdamNumbers`` on the weight's device (``device_rows``).
+        ``factors`` are the ``numbers`` on the weight's device (``device_rows``).
         """
+        n = numbers
         for start in range(0, weight.numel(), BLOCK_ELEMENTS):
-            part = slice(start, start + BLOCK_ELEMENTS)
-            here = _part(reference, part, weight.device)
-            _adam_rows_(grad[part], weight[part], here, first[part], second[part], factors)
+            block = slice(start, start + BLOCK_ELEMENTS)
+            w, m, v = weight[block], first[block], second[block]
+            g = self._scratch(w, 0)
+            torch.mul(grad[block], n.scale, out=g)
+            if n.factor != 0.0:
+                g.add_(self._displacement(w, _part(reference, block, weight.device), 1), alpha=n.factor)
+            if n.coupled != 0.0:
+                g.add_(w, alpha=n.coupled)
+            m.mul_(n.beta1).add_(g, alpha=n.keep1)
+            v.mul_(n.beta2).addcmul_(g, g, value=n.keep2)
+            denominator = torch.sqrt(v, out=self._scratch(w, 1)).mul_(n.second_scale).add_(n.eps)
+            if n.decay != 0.0:
+                w.sub_(torch.mul(w, n.decay, out=g))
+            w.addcdiv_(m, denominator, value=-n.step_size)
+
+    def _scratch(self, like: torch.Tensor, number: int) -> torch.Tensor:
+        """A block of float32 memory that stays: fresh megabytes for every operation would cost more than the operation."""
+        key = (like.device, number)
+        if key not in self._scratches or self._scratches[key].numel() < BLOCK_ELEMENTS:
+            self._scratches[key] = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device=like.device)
+        return self._scratches[key][: like.numel()]
+
+    def _displacement(self, weight: torch.Tensor, reference: torch.Tensor | None, number: int) -> torch.Tensor:
+        """``displacement`` of a block, in scratch memory."""
+        if reference is None or weight.dtype != torch.float32:
+            return displacement(weight, reference)
+        return torch.sub(weight, reference, out=self._scratch(weight, number))
+
+    def _weights_before(self, weight: torch.Tensor, moments: AdamMoments) -> torch.Tensor:
+        """θ before Adam's last step, in float32, of a block, in scratch memory."""
+        shrink, step_size, second_scale, eps = moments.factors
+        denominator = torch.sqrt(moments.second, out=self._scratch(weight, 1)).mul_(second_scale).add_(eps)
+        return torch.addcdiv(weight.float(), moments.first, denominator, value=step_size, out=denominator).div_(shrink)
 
 
 class CompiledKernels(Kernels):
-    """``torch.compile``d: one read of every operand. What is left over of whole rows goes the eager way."""
+    """``torch.compile``d: one read of every operand."""
 
     name = "compile"
+    row_elements = ROW_ELEMENTS
 
     def __init__(self) -> None:
+        super().__init__()
         self._gradient: Callable[..., torch.Tensor] = torch.compile(_gradient_rows, dynamic=True)
         self._gradient_adam: Callable[..., torch.Tensor] = torch.compile(_gradient_rows_adam, dynamic=True)
         self._update: Callable[..., torch.Tensor] = torch.compile(_update_rows, dynamic=True)
@@ -196,36 +233,21 @@ class CompiledKernels(Kernels):
         moments: AdamMoments | None = None,
         factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if grad is None or not projected:
+        if grad is None or not projected or weight.numel() % ROW_ELEMENTS:
             return super().gradient_products(grad, weight, reference, previous, projected, moments)
-        whole, rest = _split(weight.numel())
         on = weight.device
+        reference, previous = _part(reference, slice(None), on), _part(previous, slice(None), on)
         if moments is None:
-            sums = self._gradient(grad[whole], weight[whole], _part(reference, whole, on), _part(previous, whole, on))
-            left_moments = None
-        else:
-            assert factors is not None
-            sums = self._gradient_adam(
-                grad[whole],
-                weight[whole],
-                _part(reference, whole, on),
-                moments.first[whole],
-                moments.second[whole],
-                factors,
-            )
-            left_moments = moments.part(rest)
-        left = super().gradient_products(
-            grad[rest], weight[rest], _part(reference, rest, on), _part(previous, rest, on), projected, left_moments
-        )
-        return sums + left
+            return self._gradient(grad, weight, reference, previous)
+        assert factors is not None
+        return self._gradient_adam(grad, weight, reference, moments.first, moments.second, factors)
 
     def update_products(
         self, weight: torch.Tensor, previous: torch.Tensor, reference: torch.Tensor | None
     ) -> torch.Tensor:
-        whole, rest = _split(weight.numel())
-        on = weight.device
-        sums = self._update(weight[whole], previous[whole], _part(reference, whole, on))
-        return sums + super().update_products(weight[rest], previous[rest], _part(reference, rest, on))
+        if weight.numel() % ROW_ELEMENTS:
+            return super().update_products(weight, previous, reference)
+        return self._update(weight, previous, _part(reference, slice(None), weight.device))
 
     def add_displacement_(
         self,
@@ -245,14 +267,10 @@ class CompiledKernels(Kernels):
         reference: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
+        numbers: AdamNumbers,
         factors: torch.Tensor,
     ) -> None:
         self._adam(grad, weight, _part(reference, slice(None), weight.device), first, second, factors)
-
-
-def _split(numel: int) -> tuple[slice, slice]:
-    whole = numel // ROW_ELEMENTS * ROW_ELEMENTS
-    return slice(0, whole), slice(whole, numel)
 
 
 def _part(tensor: torch.Tensor | None, part: slice, device: torch.device) -> torch.Tensor | None:

@@ -122,18 +122,21 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
     """
     device = views[0].weight.device if views else torch.device("cpu")
     stats_LK = torch.zeros(len(views), GRADIENT_STATISTICS, dtype=torch.float64, device=device)
-    large, packs = pack_small(views)
+    views, rows, large, packs = _whole_rows(views, kernels.row_elements)
     looking_back = [row for row in large if with_previous and views[row].moments is not None]
     of_moments = [moments.factors for row in looking_back if (moments := views[row].moments) is not None]
     factors = dict(zip(looking_back, device_rows(of_moments, device), strict=True))
     for row in large:
         view = views[row]
         previous, moments = (view.previous, view.moments) if with_previous else (None, None)
-        stats_LK[row] = kernels.gradient_products(
+        stats_LK[rows[row]] = kernels.gradient_products(
             view.grad, view.weight, view.reference, previous, view.projected, moments, factors.get(row)
         )
     for pack in packs:
-        _add_pack(stats_LK, pack, with_previous)
+        stats_LK.index_add_(
+            0, torch.tensor([rows[row] for row in pack.layers], device=device), _of_pack(pack, with_previous)
+        )
+    views = views[: len(stats_LK)]
     scales = [view.grad_scale for view in views]
     if any(scale != 1.0 for scale in scales):
         scale_L = torch.tensor(scales, dtype=torch.float64, device=device)
@@ -143,22 +146,43 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
     return stats_LK
 
 
-def _add_pack(stats_LK: torch.Tensor, pack: Pack, with_previous: bool) -> None:
+def _of_pack(pack: Pack, with_previous: bool) -> torch.Tensor:
+    """Gradient statistics of a pack's layers, [layers of the pack, 4] float64."""
     grad, weight, reference = pack.gather("grad"), pack.gather("weight"), pack.gather("reference")
     assert weight is not None
+    stats_LK = torch.zeros(len(pack.layers), GRADIENT_STATISTICS, dtype=torch.float64, device=weight.device)
     if grad is not None:
         grad = grad.float()
-        stats_LK[pack.layers, GRAD_SQ] = pack.sums(grad, grad).double()
+        stats_LK[:, GRAD_SQ] = pack.sums(grad, grad)
     if not pack.views[0].projected:
-        return
+        return stats_LK
     now = displacement(weight, reference)
-    stats_LK[pack.layers, DISPLACEMENT_SQ] = pack.sums(now, now).double()
+    stats_LK[:, DISPLACEMENT_SQ] = pack.sums(now, now)
     if grad is None:
-        return
-    stats_LK[pack.layers, GRAD_DISPLACEMENT] = pack.sums(grad, now).double()
+        return stats_LK
+    stats_LK[:, GRAD_DISPLACEMENT] = pack.sums(grad, now)
     previous = pack.previous(weight) if with_previous else None
     if previous is not None:
-        stats_LK[pack.layers, GRAD_PREVIOUS] = pack.sums(grad, displacement(previous, reference)).double()
+        stats_LK[:, GRAD_PREVIOUS] = pack.sums(grad, displacement(previous, reference))
+    return stats_LK
+
+
+def _whole_rows(
+    views: Sequence[ShardView], row_elements: int
+) -> tuple[Sequence[ShardView], Sequence[int], list[int], list[Pack]]:
+    """``views`` with large ones cut to whole rows, and their rests behind; each one's layer; ``pack_small`` of them."""
+    rows = list(range(len(views)))
+    cut = list(views)
+    large_elements = large_from(views[0].weight.device) if views else 0
+    for row, view in enumerate(views):
+        size = view.weight.numel()
+        if size >= large_elements and size % row_elements:
+            whole = size // row_elements * row_elements
+            cut[row] = view.part(slice(0, whole), reference=True)
+            cut.append(view.part(slice(whole, size), reference=True))
+            rows.append(row)
+    large, packs = pack_small(cut)
+    return cut, rows, large, packs
 
 
 def update_statistics(views: Sequence[ShardView], kernels: Kernels) -> torch.Tensor:
@@ -168,12 +192,12 @@ def update_statistics(views: Sequence[ShardView], kernels: Kernels) -> torch.Ten
     """
     device = views[0].weight.device if views else torch.device("cpu")
     stats_LK = torch.zeros(len(views), UPDATE_STATISTICS, dtype=torch.float64, device=device)
-    large, packs = pack_small(views)
+    views, rows, large, packs = _whole_rows(views, kernels.row_elements)
     for row in large:
         view = views[row]
         if view.projected:
             assert view.previous is not None, f"{view.spec.name}: the weights before the step were not kept"
-            stats_LK[row] = kernels.update_products(view.weight, view.previous, view.reference)
+            stats_LK[rows[row]] = kernels.update_products(view.weight, view.previous, view.reference)
     for pack in packs:
         weight, previous = pack.gather("weight"), pack.gather("previous")
         if not pack.views[0].projected:
@@ -181,8 +205,7 @@ def update_statistics(views: Sequence[ShardView], kernels: Kernels) -> torch.Ten
         assert weight is not None and previous is not None
         before = previous.float()
         update = weight.float() - before
-        stats_LK[pack.layers, UPDATE_DISPLACEMENT] = pack.sums(
-            update, displacement(before, pack.gather("reference"))
-        ).double()
-        stats_LK[pack.layers, UPDATE_SQ] = pack.sums(update, update).double()
+        of_layers = [rows[row] for row in pack.layers]
+        stats_LK[of_layers, UPDATE_DISPLACEMENT] += pack.sums(update, displacement(before, pack.gather("reference")))
+        stats_LK[of_layers, UPDATE_SQ] += pack.sums(update, update)
     return stats_LK
