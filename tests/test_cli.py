@@ -203,6 +203,26 @@ def test_error_of_one_rank_is_told_by_that_rank(values: dict, tmp_path: Path) ->
     assert status["state"] == "failed" and status["exit_code"] in (2, 5, 143), status
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reference.placement=stream", "training.projection=fused"],
+        ["reference.placement=cpu", "training.statistics=backward", "sharding.backend=fsdp2"],
+    ],
+    ids=["stream and fused", "backward"],
+)
+def test_ways_to_take_a_step(values: dict, tmp_path: Path, overrides: list[str]) -> None:
+    """The same run as with everything as a matter of course, to float32 rounding."""
+    values["training"].update(steps=6)
+    norms = []
+    for name, more in (("plain", []), ("other", overrides)):
+        values["run"]["folder"] = str(tmp_path / name)
+        assert main(["train", write(tmp_path, values), "logging.every_steps=1", *more]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        norms.append([json.loads(line)["grad_norm"] for line in lines])
+    assert len(norms[0]) == 6 and norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 # DeepSpeed asks for a CPU with float16 instructions; torch computes in float16 on any.
 FLOAT16 = (
     "import sys; from deepspeed.accelerator import get_accelerator; get_accelerator().is_fp16_supported = lambda: True; "
@@ -213,7 +233,9 @@ FLOAT16 = (
 @pytest.mark.parametrize(
     ("overrides", "float16"),
     [
-        (["sharding.backend=zero1", "sharding.mixed_precision=bfloat16"], False),
+        pytest.param(
+            ["sharding.backend=zero1", "sharding.mixed_precision=bfloat16"], False, marks=pytest.mark.slow, id="zero1"
+        ),
         (["sharding.backend=zero2", "sharding.mixed_precision=float16", "sharding.offload=cpu"], True),
     ],
 )

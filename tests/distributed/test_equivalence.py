@@ -152,6 +152,13 @@ def make_cases(backend: str, file: str) -> dict[str, Case]:
     return cases
 
 
+def quick_ranks(key: str) -> tuple[int, ...]:
+    """On how many ranks a case runs by default."""
+    if key.startswith(("fused", "stream", "sub_groups", "update_sub_groups")):
+        return (3,)
+    return (2, 3) if key in ("plain", "again", "update", "both", "early") else (2,)
+
+
 PLACES = [
     pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=pytest.mark.slow if ranks == 4 else ())
     for backend in ("ddp", "fsdp2", "zero3")
@@ -167,6 +174,9 @@ def trained(
     folder = tmp_path_factory.mktemp("reference")
     save_file(make_theta0(make_toy()), folder / "model.safetensors")
     cases = make_cases(backend, str(folder))
+    # Starting a case on more ranks takes longer than it tells: two and three ranks share them, four take all.
+    if ranks < 4:
+        cases = {key: case for key, case in cases.items() if ranks in quick_ranks(key)}
     if ranks == 4:  # a rank's share of the batch is three samples
         cases = {key: replace(case, accumulation=3 if case.accumulation > 1 else 1) for key, case in cases.items()}
     return backend, cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all, cases)
@@ -176,7 +186,7 @@ def trained(
 def test_equals_one_process(trained: tuple[str, dict[str, Case], list[dict]], key: str) -> None:
     backend, cases, results = trained
     if key not in cases:
-        return  # a DeepSpeed, or an FSDP2, matter
+        return  # a DeepSpeed, or an FSDP2, matter, or one of other numbers of ranks
     reference = expected(cases[key])
     for got in results:
         compare(cases[key], got[key], reference)
@@ -191,7 +201,7 @@ def test_one_reduction_a_step(trained: tuple[str, dict[str, Case], list[dict]]) 
         layers = len(got["plain"]["state"]["layers"]["strength"])
         once = [(layers, layers * 4 * 8)] * STEPS
         assert got["plain"]["reductions"] == ([] if backend == "ddp" else once)
-        if backend == "zero3":
+        if "sub_groups" in got:
             assert got["sub_groups"]["reductions"] == once
 
 
