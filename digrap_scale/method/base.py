@@ -125,10 +125,9 @@ def add_displacement_(
             if scale != 1.0:
                 torch._foreach_mul_(targets, scale)
             here = torch.tensor([active_factors[row] for row in pack.layers], dtype=torch.float32, device=d.device)
-            d.mul_(here.repeat_interleave(pack.segments(d.device)))
-            torch._foreach_add_(targets, d.split(pack.lengths))
+            torch._foreach_add_(targets, pack.pieces(d.mul_(pack.spread(here))))
             continue
-        for tensor, piece, row in zip(targets, d.split(pack.lengths), pack.layers, strict=True):
+        for tensor, piece, row in zip(targets, pack.pieces(d), pack.layers, strict=True):
             # The sum is taken in float32 and rounded once where the target is narrower.
             exact = tensor if tensor.dtype == torch.float32 else tensor.float()
             if scale != 1.0:

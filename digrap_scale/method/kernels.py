@@ -16,7 +16,9 @@ from digrap_scale.types import AdamMoments
 
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a block's operands stay in a core's share of cache
 ROW_ELEMENTS = 1 << 12  # compiled: float32 sums run over so many elements, float64 above them
-LARGE_ELEMENTS = 1 << 16  # smaller layers are packed together instead
+LARGE_ELEMENTS = 1 << 14  # smaller layers are packed together instead
+PACK_ELEMENTS = 1 << 16  # of a pack: its operands are fresh memory, which costs more by the page the larger it is
+COMPILED_ELEMENTS = 1 << 18  # a compiled call costs about 0.2 ms beyond its work: smaller layers go the eager way
 # On accelerators a launch costs what megabytes do: more is packed together, and packs are larger (32 MiB an operand).
 ACCELERATOR_LARGE_ELEMENTS = 1 << 21
 ACCELERATOR_PACK_ELEMENTS = 1 << 23
@@ -30,7 +32,7 @@ def large_from(device: torch.device) -> int:
 
 def pack_size(device: torch.device) -> int:
     """How many elements of small layers go into one pack."""
-    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_PACK_ELEMENTS
+    return PACK_ELEMENTS if device.type == "cpu" else ACCELERATOR_PACK_ELEMENTS
 
 
 class AdamNumbers(NamedTuple):
@@ -233,7 +235,7 @@ class CompiledKernels(Kernels):
         moments: AdamMoments | None = None,
         factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if grad is None or not projected or weight.numel() % ROW_ELEMENTS:
+        if grad is None or not projected or not _worth_it(weight):
             return super().gradient_products(grad, weight, reference, previous, projected, moments)
         on = weight.device
         reference, previous = _part(reference, slice(None), on), _part(previous, slice(None), on)
@@ -245,7 +247,7 @@ class CompiledKernels(Kernels):
     def update_products(
         self, weight: torch.Tensor, previous: torch.Tensor, reference: torch.Tensor | None
     ) -> torch.Tensor:
-        if weight.numel() % ROW_ELEMENTS:
+        if not _worth_it(weight):
             return super().update_products(weight, previous, reference)
         return self._update(weight, previous, _part(reference, slice(None), weight.device))
 
@@ -258,6 +260,8 @@ class CompiledKernels(Kernels):
         scale: float,
         factors: torch.Tensor,
     ) -> None:
+        if target.device.type == "cpu" and target.numel() < COMPILED_ELEMENTS:
+            return super().add_displacement_(target, theta, reference, factor, scale, factors)
         self._add(target, theta, _part(reference, slice(None), target.device), factors)
 
     def adam_(
@@ -270,7 +274,14 @@ class CompiledKernels(Kernels):
         numbers: AdamNumbers,
         factors: torch.Tensor,
     ) -> None:
+        if weight.device.type == "cpu" and weight.numel() < COMPILED_ELEMENTS:
+            return super().adam_(grad, weight, reference, first, second, numbers, factors)
         self._adam(grad, weight, _part(reference, slice(None), weight.device), first, second, factors)
+
+
+def _worth_it(weight: torch.Tensor) -> bool:
+    """Whether a layer goes to a compiled kernel that sums whole rows."""
+    return weight.numel() % ROW_ELEMENTS == 0 and (weight.device.type != "cpu" or weight.numel() >= COMPILED_ELEMENTS)
 
 
 def _part(tensor: torch.Tensor | None, part: slice, device: torch.device) -> torch.Tensor | None:

@@ -29,6 +29,9 @@ UPDATE_SQ = 1  # ‖u‖²
 UPDATE_STATISTICS = 2
 
 
+PACK_ROW = 64  # elements: a whole number of vector registers; segment_reduce alone takes them one by one
+
+
 @dataclass
 class Pack:
     """Small layers side by side, so that one operation serves many; all of one kind (see ``_kind``)."""
@@ -37,14 +40,39 @@ class Pack:
     views: list[ShardView] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     elements: int = 0
-    _segments: torch.Tensor | None = None
+    _rows: torch.Tensor | None = None
 
     def gather(self, name: str) -> torch.Tensor | None:
-        """All elements of ``grad`` / ``weight`` / ``reference`` / ``previous`` as one flat tensor (None if absent)."""
+        """All elements of ``grad`` / ``weight`` / ``reference`` / ``previous`` as one flat tensor (None if absent).
+
+        Zeros fill every layer up to whole rows, so that sums can be taken of rows.
+        """
         tensors: list[torch.Tensor] = [getattr(view, name) for view in self.views]
-        if tensors[0] is None:
-            return None
-        return torch.cat(tensors).to(self.views[0].weight.device, non_blocking=True)
+        return None if tensors[0] is None else self._together(tensors)
+
+    def _together(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        filler = torch.zeros(PACK_ROW, dtype=tensors[0].dtype, device=tensors[0].device)
+        parts = [
+            part
+            for tensor, length in zip(tensors, self.lengths, strict=True)
+            for part in (tensor, filler[: -length % PACK_ROW])
+        ]
+        return torch.cat(parts).to(self.views[0].weight.device, non_blocking=True)
+
+    def pieces(self, together: torch.Tensor) -> list[torch.Tensor]:
+        """The layers' parts of a tensor in the form of ``gather``'s."""
+        parts = together.split([length + -length % PACK_ROW for length in self.lengths])
+        return [part[:length] for part, length in zip(parts, self.lengths, strict=True)]
+
+    def spread(self, numbers: torch.Tensor) -> torch.Tensor:
+        """A number a layer ([layers, …]), repeated for each of its elements and what fills them up."""
+        return numbers.repeat_interleave(self.rows(numbers.device) * PACK_ROW, dim=0)
+
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """How many rows each layer has."""
+        if self._rows is None:
+            self._rows = torch.tensor([-(-length // PACK_ROW) for length in self.lengths], device=device)
+        return self._rows
 
     def previous(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The weights before the last step, kept or computed again from Adam's moments (None if neither is there)."""
@@ -55,22 +83,15 @@ class Pack:
         if len({one.factors for one in moments}) == 1:
             shrink, step_size, second_scale, eps = factors[0].unbind()
         else:
-            shrink, step_size, second_scale, eps = factors.repeat_interleave(
-                self.segments(weight.device), dim=0
-            ).unbind(1)
-        first = torch.cat([one.first for one in moments])
-        second = torch.cat([one.second for one in moments])
-        return (weight.float() + step_size * first / (second.sqrt() * second_scale + eps)) / shrink
+            shrink, step_size, second_scale, eps = self.spread(factors).unbind(1)
+        denominator = self._together([one.second for one in moments]).sqrt_().mul_(second_scale).add_(eps)
+        update = self._together([one.first for one in moments]).div_(denominator).mul_(step_size)
+        return update.add_(weight).div_(shrink)
 
     def sums(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """⟨a, b⟩ of each layer: [layers of the pack] float32."""
-        return torch.segment_reduce(a * b, "sum", lengths=self.segments(a.device))
-
-    def segments(self, device: torch.device) -> torch.Tensor:
-        """``lengths`` as a tensor."""
-        if self._segments is None:
-            self._segments = torch.tensor(self.lengths, device=device)
-        return self._segments
+        """⟨a, b⟩ of each layer: [layers of the pack] float64; float32 within rows."""
+        of_rows = (a * b).view(-1, PACK_ROW).sum(1).double()
+        return torch.segment_reduce(of_rows, "sum", lengths=self.rows(a.device))
 
 
 def pack_small(views: Sequence[ShardView]) -> tuple[list[int], list[Pack]]:
@@ -176,7 +197,7 @@ def _whole_rows(
     large_elements = large_from(views[0].weight.device) if views else 0
     for row, view in enumerate(views):
         size = view.weight.numel()
-        if size >= large_elements and size % row_elements:
+        if size >= max(large_elements, 2 * row_elements) and size % row_elements:
             whole = size // row_elements * row_elements
             cut[row] = view.part(slice(0, whole), reference=True)
             cut.append(view.part(slice(whole, size), reference=True))

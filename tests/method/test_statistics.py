@@ -96,6 +96,7 @@ VIEWS = st.lists(
 def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(K, "LARGE_ELEMENTS", LARGE)
+        patch.setattr(K, "PACK_ELEMENTS", BLOCK)
         patch.setattr(K, "BLOCK_ELEMENTS", BLOCK)
         yield
 
@@ -122,7 +123,7 @@ def test_every_layer_is_walked_once(small_blocks: None, views: list[ShardView]) 
 def test_real_block_boundaries() -> None:
     check([make_view(K.BLOCK_ELEMENTS + extra, seed=9 + extra) for extra in (-1, 0, 1)])
     check([make_view(K.LARGE_ELEMENTS + extra, seed=9 + extra) for extra in (-1, 0, 1)])
-    check([make_view(K.LARGE_ELEMENTS - 1, seed=seed) for seed in range(K.BLOCK_ELEMENTS // K.LARGE_ELEMENTS + 2)])
+    check([make_view(K.LARGE_ELEMENTS - 1, seed=seed) for seed in range(K.PACK_ELEMENTS // K.LARGE_ELEMENTS + 2)])
 
 
 @pytest.mark.slow
@@ -142,7 +143,8 @@ def test_compiled_equals_eager() -> None:
         ]
     ):
         views = [
-            make_view(K.LARGE_ELEMENTS + extra, seed=number + extra, **options) for extra in (0, 1, K.ROW_ELEMENTS - 1)
+            make_view(K.COMPILED_ELEMENTS + extra, seed=number + extra, **options)
+            for extra in (0, 1, K.ROW_ELEMENTS - 1)
         ]
         check(views, compiled)
         eager, fused = ([copy_view(view) for view in views] for _ in range(2))
@@ -256,7 +258,9 @@ def test_scaling_gradients() -> None:
 def test_compiled_equals_eager_from_moments() -> None:
     """d_{t-1} from Adam's moments: whole rows, with and without a reference, against float64."""
     generator = torch.Generator().manual_seed(3)
-    size = 2 * 65536  # whole rows: what is left over goes with small layers (test_compiled_equals_eager has it)
+    size = (
+        K.COMPILED_ELEMENTS
+    )  # whole rows: what is left over goes with small layers (test_compiled_equals_eager has it)
     grad, weight, first = (torch.randn(size, generator=generator) for _ in range(3))
     second = torch.rand(size, generator=generator)
     moments = AdamMoments(first, second, (0.999, 1e-2, 1.3, 1e-8))
