@@ -150,7 +150,7 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
     for row in large:
         view = views[row]
         previous, moments = (view.previous, view.moments) if with_previous else (None, None)
-        stats_LK[rows[row]] = kernels.gradient_products(
+        stats_LK[rows[row]] += kernels.gradient_products(
             view.grad, view.weight, view.reference, previous, view.projected, moments, factors.get(row)
         )
     for pack in packs:
@@ -218,7 +218,7 @@ def update_statistics(views: Sequence[ShardView], kernels: Kernels) -> torch.Ten
         view = views[row]
         if view.projected:
             assert view.previous is not None, f"{view.spec.name}: the weights before the step were not kept"
-            stats_LK[rows[row]] = kernels.update_products(view.weight, view.previous, view.reference)
+            stats_LK[rows[row]] += kernels.update_products(view.weight, view.previous, view.reference)
     for pack in packs:
         weight, previous = pack.gather("weight"), pack.gather("previous")
         if not pack.views[0].projected:
