@@ -74,11 +74,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_gradients(model: nn.Module) -> None:
-    """Random gradients; every second layer's pulls away from the reference (conflict)."""
+    """Random gradients; every second module's weight and bias pull away from the reference (conflict)."""
     torch.manual_seed(1)
     for index, parameter in enumerate(model.parameters()):
         parameter.grad = torch.randn_like(parameter).mul_(1e-3)
-        parameter.grad.add_(parameter.detach(), alpha=-1e-3 if index % 2 else 1e-3)
+        parameter.grad.add_(parameter.detach(), alpha=-1e-3 if index // 2 % 2 else 1e-3)
 
 
 def alternate(plain: Callable[[], None], other: Callable[[], float], rounds: int) -> tuple[float, float]:

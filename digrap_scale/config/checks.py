@@ -160,7 +160,7 @@ def _projection(projection: str, name: str) -> Iterable[Problem]:
     if projection == "fused" and name not in ("adamw", "adam"):
         yield (
             ("training", "projection"),
-            f"expected `separate` or `auto` with optimizer.name `{name}`, found `fused`; it is Adam's pass",
+            f"expected `separate` with optimizer.name `{name}`, found `fused`; it is Adam's pass",
         )
 
 

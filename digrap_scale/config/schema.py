@@ -301,11 +301,11 @@ class TrainingConfig(Section):
         default="auto",
         description="How the method walks large layers; `auto`: compiled from 32 M elements a process on.",
     )
-    projection: Literal["auto", "separate", "fused"] = Field(
-        default="auto",
+    projection: Literal["separate", "fused"] = Field(
+        default="separate",
         description=(
-            "`separate`: before the optimizer's step; `fused`: in one pass with it (adamw, adam); `auto`: fused where it "
-            "can be and kernels are compiled."
+            "`separate`: before the optimizer's step, whatever the optimizer; `fused`: in one pass over memory with it "
+            "(adamw, adam)."
         ),
     )
     statistics: Literal["step", "backward"] = Field(

@@ -39,7 +39,7 @@ def attach(
     max_grad_norm: float | None = None,
     previous: Literal["auto", "stored", "recomputed"] = "auto",
     kernels: Literal["auto", "eager", "compile"] = "auto",
-    projection: Literal["auto", "separate", "fused"] = "auto",
+    projection: Literal["separate", "fused"] = "separate",
     statistics: Literal["step", "backward"] = "step",
     **method_options: Any,
 ) -> Projector:
@@ -66,8 +66,8 @@ def attach(
             rank holds 32 M trained elements or more and a compiler is there. The choice is logged.
         projection: ``"separate"``: gradients are changed before the optimizer's step; ``"fused"``: the hook takes the step
             of torch's AdamW or Adam itself, with the projection in the same pass over memory, and leaves the state that
-            they would have left; ``"auto"``: fused where it can be and kernels are compiled. Either way gradients are
-            used up by the step: afterwards they are neither the raw nor all the projected ones.
+            they would have left. Either way gradients are used up by the step: afterwards they are neither the raw nor
+            all the projected ones.
         statistics: ``"step"``, or ``"backward"``: those of large layers are taken while backward runs, as soon as their
             gradient is there (one process or FSDP2). With accumulation, see ``Projector.expect_step``.
         method_options: arguments of the method given by name (``strength_lr=1e-2``).
@@ -91,7 +91,7 @@ def attach(
         chosen.kernels = choose_kernels(kernels, elements, backend.weights()[0].device)
     except ValueError as error:
         raise ConfigError(f"attach: {error}") from error
-    fused = _fused(projection, chosen, backend)
+    fused = _fused(projection, backend)
     recompute = _recomputes(previous, chosen, backend)
     exempt = _matching(not_projected, [spec.name for spec in backend.specs])
     held: ReferenceShards = HeldReference([None] * len(backend.specs), "none")
@@ -163,14 +163,14 @@ def _recomputes(choice: str, method: Method, backend: Backend) -> bool:
     return choice != "stored" and obstacle is None
 
 
-def _fused(choice: str, method: Method, backend: Backend) -> bool:
+def _fused(choice: str, backend: Backend) -> bool:
     """Whether the hook takes the optimizer's step itself."""
-    if choice not in ("auto", "separate", "fused"):
-        raise ConfigError(f"projection: expected 'auto', 'separate' or 'fused', found {choice!r}")
-    obstacle = can_recompute(backend)
-    if choice == "fused" and obstacle is not None:
+    if choice not in ("separate", "fused"):
+        raise ConfigError(f"projection: expected 'separate' or 'fused', found {choice!r}")
+    obstacle = can_recompute(backend) if choice == "fused" else None
+    if obstacle is not None:
         raise ConfigError(f"projection='fused': {obstacle}; use 'separate'")
-    return choice == "fused" or (choice == "auto" and obstacle is None and method.kernels.name == "compile")
+    return choice == "fused"
 
 
 def _method(method: str | Method | None, options: dict[str, Any]) -> Method:

@@ -538,7 +538,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
         "statistics='backward' needs the reference in memory",
     ),
     ("statistics", call(statistics="early"), ConfigError, "statistics: expected 'step' or 'backward', found 'early'"),
-    ("projection", call(projection="both"), ConfigError, "projection: expected 'auto', 'separate' or 'fused', found"),
+    ("projection", call(projection="both"), ConfigError, "projection: expected 'separate' or 'fused', found"),
     ("fused sgd", call(projection="fused"), ConfigError, "projection='fused': the optimizer is SGD, expected torch's"),
     ("clip 0", call(max_grad_norm=0.0), ConfigError, "max_grad_norm: expected a positive number, found 0.0"),
     ("clip nan", call(max_grad_norm=math.nan), ConfigError, "max_grad_norm: expected a positive number, found nan"),

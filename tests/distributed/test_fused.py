@@ -136,13 +136,12 @@ def test_schedulers_and_closures_go_on() -> None:
     assert projector.report.step == 4 and moved[3] < 0.3 * moved[0]
 
 
-def test_auto_is_fused_where_kernels_are_compiled() -> None:
-    for kernels, fused in (("eager", False), ("compile", True)):
+def test_the_summary_says_how_the_step_is_taken() -> None:
+    for projection in ("separate", "fused"):
         model = make_toy()
         optimizer = adamw(list(model.parameters()))
-        projector = digrap_scale.attach(model, optimizer, reference="initial", kernels=kernels)
-        assert projector.fused == fused
-        assert ("projection in the optimizer's pass" in projector.summary()) == fused
+        projector = digrap_scale.attach(model, optimizer, reference="initial", projection=projection)
+        assert ("projection in the optimizer's pass" in projector.summary()) == (projection == "fused")
 
 
 class Wide(torch.nn.Module):
@@ -338,8 +337,7 @@ def test_a_state_without_the_weights_before_is_refused() -> None:
 def test_compiled_equals_eager() -> None:
     """The compiled kernel, a whole run through it."""
     eager, first = train_wide(projection="fused", kernels="eager")
-    compiled, second = train_wide(projection="auto", kernels="compile")
-    assert second.fused
+    compiled, second = train_wide(projection="fused", kernels="compile")
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
     assert second.strength() == pytest.approx(first.strength(), abs=1e-5)
