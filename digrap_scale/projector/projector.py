@@ -78,8 +78,9 @@ class Projector:
         views: dict[int, ShardView] = {}
         if backend.first_of_step():
             backend.unscale_()
+            early = [] if self._early is None else self._early.ready()
             views = self._views(range(len(backend.specs)))
-            stats_LK = self._statistics(views)
+            stats_LK = self._statistics(views, early)
             backend.reduce_(stats_LK)
             stats_LK = stats_LK.cpu()
             lr_L = torch.tensor([view.lr for view in views.values()], dtype=torch.float64)
@@ -106,9 +107,8 @@ class Projector:
         else:
             self._project(views)
 
-    def _statistics(self, views: dict[int, ShardView]) -> torch.Tensor:
-        """This rank's statistics of all layers, [L, K] float64 on the shards' device."""
-        early = [] if self._early is None else self._early.ready()
+    def _statistics(self, views: dict[int, ShardView], early: Sequence[int]) -> torch.Tensor:
+        """This rank's statistics of all layers, [L, K] float64 on the shards' device; ``early`` were taken in backward."""
         rest = list(views) if not early else sorted(set(views) - set(early))
         if self._previous is not None:
             self._previous.fill([views[layer] for layer in rest], rest)
@@ -119,7 +119,7 @@ class Projector:
             rows = torch.tensor([piece.layer for piece in pieces], device=stats_LK.device)
             stats_LK.index_add_(0, rows, self.method.statistics(parts))
         if self._early is not None:
-            stats_LK[early] = self._early.take(early)
+            stats_LK[list(early)] = self._early.take(early)
         return stats_LK
 
     def _project(self, views: dict[int, ShardView]) -> None:

@@ -235,6 +235,23 @@ def test_a_gradient_that_is_changed_without_a_trace_is_measured_again(change: Ca
     assert seen[0][0] == seen[1][0] and torch.equal(seen[0][1], seen[1][1])
 
 
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_gradients_that_are_not_contiguous_are_changed(when: str) -> None:
+    """They are worked on in copies, which must find their way back."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 300, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    digrap_scale.attach(model, optimizer, reference="zero", method="pcgrad", statistics=when)
+    weight = model.weight.detach().clone()
+    grad = -weight + 0.1 * torch.randn(300, 300)  # pulls away from zero
+    (model.weight * grad.t().contiguous().t()).sum().backward()
+    model.weight.grad = model.weight.grad.t().contiguous().t()
+    assert not model.weight.grad.is_contiguous()
+    optimizer.step()
+    expected = grad - (grad * weight).sum() / weight.square().sum() * weight
+    torch.testing.assert_close(model.weight.detach(), weight - 0.1 * expected, atol=1e-5, rtol=0)
+
+
 def test_all_layers_measured_during_backward() -> None:
     """Nothing is left for the step to measure."""
     torch.manual_seed(0)
