@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from digrap_scale.method.kernels import large_from
 from digrap_scale.method.statistics import GRADIENT_STATISTICS
@@ -64,7 +65,8 @@ class EarlyStatistics:
         """Some elements of the layer's gradient, far apart."""
         (view,) = self._backend.views([layer])
         assert view.grad is not None
-        return view.grad[:: view.grad.numel() // SAMPLED_ELEMENTS][:SAMPLED_ELEMENTS].float()
+        sample = view.grad[:: max(1, view.grad.numel() // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS].float()
+        return pad(sample, (0, SAMPLED_ELEMENTS - sample.numel()))
 
     def ready(self) -> list[int]:
         """The layers whose statistics hold."""

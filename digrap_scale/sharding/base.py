@@ -217,15 +217,15 @@ class Backend:
     def stamp(self, layer: int) -> Hashable:
         """Changes when the layer's gradient or weight is written to; None without a gradient.
 
-        Tensors' version counters are what autograd itself tells writes by. A DTensor and its local tensor count each
-        for itself.
+        Tensors' version counters are what autograd itself tells writes by. Of a DTensor's gradient only its own counts: the
+        local tensors of a whole FSDP2 group are views of one buffer, which counts writes to any of them.
         """
         parameter = self._trained[layer][1]
         grad = parameter.grad
         if grad is None:
             return None
         local, weight = self.local(grad), self.local(parameter)
-        return local.data_ptr(), grad._version, local._version, parameter._version, weight._version
+        return local.data_ptr(), grad._version, parameter._version, weight._version
 
     def grad_norm_before_clipping(self) -> float | None:
         """The gradient norm as an engine measured it before clipping, or None where the hook sees it unclipped."""
