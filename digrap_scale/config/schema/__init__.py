@@ -1,0 +1,80 @@
+"""The whole schema of a run, a file a section. Every key has a description: the README's reference is generated from here."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
+
+from digrap_scale.config.checks import CROSS_FIELD, cross_field_problems
+
+from .base import Section, check_regex
+from .data import DataConfig
+from .evaluation import EvaluationConfig, SuiteEntry
+from .method import (
+    DiGraPMethod,
+    DiGraPUpdateMethod,
+    L2SPMethod,
+    MethodConfig,
+    NoMethod,
+    PCGradMethod,
+    ReferenceConfig,
+    SPDMethod,
+)
+from .model import LoraConfig, ModelConfig
+from .optimizer import OptimizerConfig, ParameterGroupConfig, ScheduleConfig
+from .run import LoggingConfig, RunConfig
+from .sharding import ShardingConfig, ZeroConfig
+from .training import CheckpointConfig, TrainingConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DiGraPMethod",
+    "DiGraPUpdateMethod",
+    "EvaluationConfig",
+    "L2SPMethod",
+    "LoggingConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "NoMethod",
+    "OptimizerConfig",
+    "PCGradMethod",
+    "ParameterGroupConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "SPDMethod",
+    "ScheduleConfig",
+    "Section",
+    "ShardingConfig",
+    "SuiteEntry",
+    "TrainingConfig",
+    "ZeroConfig",
+    "check_regex",
+]
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _cross_field(self) -> Config:
+        problems = cross_field_problems(self.model_dump())
+        if problems:
+            lines = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems)
+            raise PydanticCustomError(CROSS_FIELD, "{problems}", {"problems": lines})
+        return self

@@ -1,0 +1,25 @@
+"""Test sets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from .base import Section, Text
+
+
+class SuiteEntry(Section):
+    """One test set."""
+
+    name: Text = Field(description="Name in the table.")
+    shards: list[Text] = Field(min_length=1, description="Shard files or patterns.")
+    shift: Literal["id", "near", "far"] = Field(description="How far it is from the training data.")
+
+
+class EvaluationConfig(Section):
+    """ID/OOD test sets."""
+
+    suite: list[SuiteEntry] = Field(default=[], description="Test sets, in the table's order.")
+    batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
+    at_end: bool = Field(default=True, description="Evaluate after training.")

@@ -1,0 +1,49 @@
+"""The model and its adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from .base import BelowOne, PositiveFloat, Regex, Section, Text
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through PEFT; their reference is zero."""
+
+    rank: PositiveInt = Field(default=8, description="Rank of the update.")
+    alpha: PositiveFloat = Field(default=16.0, description="Scale of the update (`lora_alpha`).")
+    dropout: BelowOne = Field(default=0.0, description="Dropout on the adapter's input.")
+    target_modules: Regex | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="Regex, or list of name endings, of the modules to adapt."
+    )
+    modules_to_save: list[Text] = Field(
+        default=[], description="Modules trained in full and saved with the adapter (a new head)."
+    )
+
+
+class ModelConfig(Section):
+    """The model, through transformers."""
+
+    path: Text = Field(description="Folder in Hugging Face layout, or a hub id.")
+    task: Literal["classification", "contrastive"] = Field(description="What the model is trained for.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Dtype of the weights that are trained."
+    )
+    freeze: list[Regex] = Field(
+        default=[], description="Regexes of parameter names that do not train; each must match one."
+    )
+    train_only: list[Regex] = Field(default=[], description="Regexes: everything that none of them matches is frozen.")
+    batch_norm: Literal["frozen", "train"] = Field(
+        default="frozen",
+        description=(
+            "`frozen`: BatchNorm uses its pre-trained statistics; `train`: they follow the data (one process only)."
+        ),
+    )
+    lora: LoraConfig | None = Field(default=None, description="Adapters instead of full fine-tuning.")
+    new_head: bool = Field(
+        default=False,
+        description="Allow a head whose size differs from the checkpoint's: it starts new and is not projected.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Let transformers run code from the model's repository.")

@@ -1,0 +1,23 @@
+"""Where a run lives, and what it shows."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from .base import Section, Seed, Text
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    folder: Text = Field(description="Folder of the run; holds `config.yaml`, `metrics.jsonl`, `final/`, …")
+    seed: Seed = Field(default=0, description="Seed of weights, shuffling and dropout.")
+    overwrite: bool = Field(default=False, description="Replace the folder of an earlier, finished or broken, run.")
+
+
+class LoggingConfig(Section):
+    """What is shown and written."""
+
+    every_steps: PositiveInt = Field(default=10, description="Steps between two lines of `metrics.jsonl`.")
+    strength_every_steps: PositiveInt = Field(default=10, description="Steps between two snapshots of ω per layer.")
+    tensorboard: bool = Field(default=True, description="Write `tensorboard/`.")

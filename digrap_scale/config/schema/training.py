@@ -1,0 +1,48 @@
+"""How long, in what portions, and what is kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from .base import PositiveFloat, Section
+
+
+class TrainingConfig(Section):
+    """How long, and in what portions."""
+
+    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; give this or `epochs`.")
+    epochs: PositiveInt | None = Field(default=None, description="Passes over the training shards.")
+    global_batch_samples: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
+    micro_batch_samples: PositiveInt | None = Field(
+        default=None, description="Samples per forward on one rank; empty: no accumulation."
+    )
+    max_grad_norm: PositiveFloat | None = Field(
+        default=None, description="Clip the global gradient norm, before the projection."
+    )
+    max_skipped_steps: PositiveInt = Field(default=20, description="Stop after so many non-finite steps in a row.")
+    kernels: Literal["auto", "eager", "compile"] = Field(
+        default="auto",
+        description="How the method walks large layers; `auto`: compiled from 32 M elements a process on.",
+    )
+    projection: Literal["separate", "fused"] = Field(
+        default="separate",
+        description=(
+            "`separate`: before the optimizer's step, whatever the optimizer; `fused`: in one pass over memory with it "
+            "(adamw, adam)."
+        ),
+    )
+    statistics: Literal["step", "backward"] = Field(
+        default="step",
+        description=(
+            "When large layers are measured: in the optimizer's `step`, or during `backward`, as soon as their gradient "
+            "is there (single, fsdp2)."
+        ),
+    )
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    final: bool = Field(default=True, description="Write `final/` (safetensors, config, processor) at the end.")
