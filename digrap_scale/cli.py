@@ -84,7 +84,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from digrap_scale.training.run import evaluate
+    from digrap_scale.training.evaluate import evaluate
 
     evaluate(_load(options), options.weights)
 

@@ -18,7 +18,7 @@ from digrap_scale.errors import ConfigError, PeerError
 from digrap_scale.evaluation.report import ReportRow, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
-from digrap_scale.training.run import evaluate
+from digrap_scale.training.evaluate import evaluate
 
 WISE_ALPHA = 0.5
 
