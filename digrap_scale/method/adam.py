@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from digrap_scale.method.base import add_displacement_
 from digrap_scale.method.kernels import AdamNumbers, Kernels, device_rows, large_from
+from digrap_scale.method.native import NativeKernels
 from digrap_scale.types import AdamSettings, AdamState, ShardView
 
 
@@ -34,6 +35,14 @@ def adam_(
         clip: ≤ 1, scales every gradient.
         kernels: how large layers are walked.
     """
+    if isinstance(kernels, NativeKernels):
+        stepped = [
+            (view, state, _numbers(state, factor if view.projected else 0.0, clip))
+            for view, state, factor in zip(views, states, factors, strict=True)
+            if view.grad is not None and state is not None
+        ]
+        kernels.adam_all_([one[0] for one in stepped], [one[1] for one in stepped], [one[2] for one in stepped])
+        return
     small: list[int] = []
     large: list[tuple[ShardView, AdamState, AdamNumbers]] = []
     large_elements = large_from(views[0].weight.device) if views else 0

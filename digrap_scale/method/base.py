@@ -12,6 +12,7 @@ import torch
 
 from digrap_scale.method import statistics as S
 from digrap_scale.method.kernels import Kernels, device_rows, displacement
+from digrap_scale.method.native import KINDS, NativeKernels
 from digrap_scale.types import ShardView
 
 
@@ -109,6 +110,15 @@ def add_displacement_(
             continue
         active.append(view)
         active_factors.append(factor)
+    if isinstance(kernels, NativeKernels) and all(getattr(view, target).dtype in KINDS for view in active):
+        kernels.add_displacements_(
+            [getattr(view, target) for view in active],
+            [getattr(view, of) for view in active],
+            [view.reference for view in active],
+            active_factors,
+            scale,
+        )
+        return
     large, packs = S.pack_small(active)
     on_device = device_rows([(active_factors[row], scale) for row in large], views[0].weight.device) if large else []
     for row, factors_2 in zip(large, on_device, strict=True):

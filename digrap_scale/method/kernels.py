@@ -6,7 +6,6 @@ which reads every operand once. Shapes: N elements of a flat shard.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ COMPILED_ELEMENTS = 1 << 18  # a compiled call costs about 0.2 ms beyond its wor
 # On accelerators a launch costs what megabytes do: more is packed together, and packs are larger (32 MiB an operand).
 ACCELERATOR_LARGE_ELEMENTS = 1 << 21
 ACCELERATOR_PACK_ELEMENTS = 1 << 23
-COMPILE_ELEMENTS = 1 << 25  # ``auto``: below this, a rank's step is too short to pay for compiling
 
 
 def large_from(device: torch.device) -> int:
@@ -351,20 +349,3 @@ def _adam_rows_(
     weight.copy_(weight - (weight * decay + step_size * (m / (v.sqrt() * second_scale + eps))))
     first.copy_(m)
     second.copy_(v)
-
-
-def choose_kernels(choice: str, elements: int, device: torch.device) -> Kernels:
-    """The kernels for a rank that holds ``elements`` trained elements.
-
-    Args:
-        choice: ``eager``, ``compile``, or ``auto``: compile where the shards are large and a compiler is there.
-
-    Raises:
-        ValueError: another word.
-    """
-    if choice not in ("auto", "eager", "compile"):
-        raise ValueError(f"kernels must be auto, eager or compile, found {choice!r}")
-    has_compiler = device.type != "cpu" or shutil.which("g++") is not None or shutil.which("clang++") is not None
-    if choice == "compile" or (choice == "auto" and elements >= COMPILE_ELEMENTS and has_compiler):
-        return CompiledKernels()
-    return Kernels()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from digrap_scale.method.kernels import Kernels, device_rows, displacement, large_from, pack_size
+from digrap_scale.method.native import NativeKernels
 from digrap_scale.types import ShardView
 
 # Columns of the gradient statistics, stats_LK.
@@ -141,6 +142,21 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
     Returns:
         stats_LK: [L, 4] float64 on the shards' device.
     """
+    if isinstance(kernels, NativeKernels):
+        stats_LK = kernels.gradient_statistics(views, with_previous)
+    else:
+        stats_LK = _gradient_statistics(views, kernels, with_previous)
+    scales = [view.grad_scale for view in views]
+    if any(scale != 1.0 for scale in scales):
+        scale_L = torch.tensor(scales, dtype=torch.float64, device=stats_LK.device)
+        stats_LK[:, GRAD_DISPLACEMENT] *= scale_L
+        stats_LK[:, GRAD_PREVIOUS] *= scale_L
+        stats_LK[:, GRAD_SQ] *= scale_L**2
+    return stats_LK
+
+
+def _gradient_statistics(views: Sequence[ShardView], kernels: Kernels, with_previous: bool) -> torch.Tensor:
+    """Large layers one by one, small ones in packs; without ``grad_scale``."""
     device = views[0].weight.device if views else torch.device("cpu")
     stats_LK = torch.zeros(len(views), GRADIENT_STATISTICS, dtype=torch.float64, device=device)
     views, rows, large, packs = _whole_rows(views, kernels.row_elements)
@@ -157,13 +173,6 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
         stats_LK.index_add_(
             0, torch.tensor([rows[row] for row in pack.layers], device=device), _of_pack(pack, with_previous)
         )
-    views = views[: len(stats_LK)]
-    scales = [view.grad_scale for view in views]
-    if any(scale != 1.0 for scale in scales):
-        scale_L = torch.tensor(scales, dtype=torch.float64, device=device)
-        stats_LK[:, GRAD_DISPLACEMENT] *= scale_L
-        stats_LK[:, GRAD_PREVIOUS] *= scale_L
-        stats_LK[:, GRAD_SQ] *= scale_L**2
     return stats_LK
 
 
@@ -211,6 +220,8 @@ def update_statistics(views: Sequence[ShardView], kernels: Kernels) -> torch.Ten
 
     ``views`` hold the new weights, and in ``previous`` the ones before the step. Returns [L, 2] float64.
     """
+    if isinstance(kernels, NativeKernels):
+        return kernels.update_statistics(views)
     device = views[0].weight.device if views else torch.device("cpu")
     stats_LK = torch.zeros(len(views), UPDATE_STATISTICS, dtype=torch.float64, device=device)
     views, rows, large, packs = _whole_rows(views, kernels.row_elements)

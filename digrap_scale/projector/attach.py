@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from digrap_scale.errors import ConfigError
 from digrap_scale.method.base import Method
 from digrap_scale.method.build import build_method
-from digrap_scale.method.kernels import choose_kernels
+from digrap_scale.method.choice import choose_kernels
 from digrap_scale.projector.projector import Projector, attached
 from digrap_scale.reference.names import tied_aliases
 from digrap_scale.reference.placement import HeldReference, ReferenceShards
@@ -38,7 +38,7 @@ def attach(
     not_projected: Sequence[str] = (),
     max_grad_norm: float | None = None,
     previous: Literal["auto", "stored", "recomputed"] = "auto",
-    kernels: Literal["auto", "eager", "compile"] = "auto",
+    kernels: Literal["auto", "eager", "compile", "native"] = "auto",
     projection: Literal["separate", "fused"] = "separate",
     statistics: Literal["step", "backward"] = "step",
     **method_options: Any,
@@ -62,8 +62,9 @@ def attach(
         max_grad_norm: clip the global gradient norm before the projection, from the same reduction.
         previous: where d_{t-1} comes from: ``"stored"`` (one more copy of the shards), ``"recomputed"`` (from the moments
             of torch's AdamW or Adam: no memory), or ``"auto"``: recomputed where it can be.
-        kernels: how large layers are walked: ``"eager"``, ``"compile"`` (torch.compile), or ``"auto"``: compiled where a
-            rank holds 32 M trained elements or more and a compiler is there. The choice is logged.
+        kernels: how layers are walked: ``"native"`` (C++, for shards on the CPU), ``"compile"`` (torch.compile),
+            ``"eager"``, or ``"auto"``: native on the CPU where a C++ compiler is there, on accelerators compiled where a rank
+            holds 32 M trained elements or more. The choice is logged.
         projection: ``"separate"``: gradients are changed before the optimizer's step; ``"fused"``: the hook takes the step
             of torch's AdamW or Adam itself, with the projection in the same pass over memory, and leaves the state that
             they would have left. Either way gradients are used up by the step: afterwards they are neither the raw nor

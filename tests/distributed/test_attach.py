@@ -542,7 +542,12 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
     ("fused sgd", call(projection="fused"), ConfigError, "projection='fused': the optimizer is SGD, expected torch's"),
     ("clip 0", call(max_grad_norm=0.0), ConfigError, "max_grad_norm: expected a positive number, found 0.0"),
     ("clip nan", call(max_grad_norm=math.nan), ConfigError, "max_grad_norm: expected a positive number, found nan"),
-    ("kernels", call(kernels="fast"), ConfigError, "attach: kernels must be auto, eager or compile, found 'fast'"),
+    (
+        "kernels",
+        call(kernels="fast"),
+        ConfigError,
+        "attach: kernels must be auto, eager, compile or native, found 'fast'",
+    ),
     ("no optimizer", call(optimizer=None), ConfigError, "an optimizer is needed for a plain, DDP or FSDP2 model"),
     (
         "no module",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from digrap_scale.method import kernels as K
 from digrap_scale.method import statistics as S
 from digrap_scale.method.base import add_displacement_
-from digrap_scale.method.kernels import CompiledKernels, Kernels, choose_kernels
+from digrap_scale.method.choice import choose_kernels
+from digrap_scale.method.kernels import CompiledKernels, Kernels
 from digrap_scale.types import AdamMoments, ShardSpec, ShardView
 
 # Sums of float32 products, in blocks or segments of a few hundred thousand: relative to Σ|a·b|.
@@ -167,10 +168,10 @@ def copy_view(view: ShardView) -> ShardView:
     return replace(view, weight=view.weight.clone(), grad=grad)
 
 
-@pytest.mark.parametrize(("choice", "elements", "name"), [("eager", 1 << 30, "eager"), ("auto", 1000, "eager")])
+@pytest.mark.parametrize(("choice", "elements", "name"), [("eager", 1 << 30, "eager"), ("auto", 1000, "native")])
 def test_choice_of_kernels(choice: str, elements: int, name: str) -> None:
     assert choose_kernels(choice, elements, torch.device("cpu")).name == name
-    with pytest.raises(ValueError, match="must be auto, eager or compile, found 'fast'"):
+    with pytest.raises(ValueError, match="must be auto, eager, compile or native, found 'fast'"):
         choose_kernels("fast", elements, torch.device("cpu"))
 
 

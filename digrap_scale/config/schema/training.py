@@ -22,9 +22,12 @@ class TrainingConfig(Section):
         default=None, description="Clip the global gradient norm, before the projection."
     )
     max_skipped_steps: PositiveInt = Field(default=20, description="Stop after so many non-finite steps in a row.")
-    kernels: Literal["auto", "eager", "compile"] = Field(
+    kernels: Literal["auto", "eager", "compile", "native"] = Field(
         default="auto",
-        description="How the method walks large layers; `auto`: compiled from 32 M elements a process on.",
+        description=(
+            "How the method walks its layers: `native` (C++, shards on the CPU), `compile` (torch.compile), `eager`, or "
+            "`auto`: native on the CPU, on accelerators compiled from 32 M elements a process on."
+        ),
     )
     projection: Literal["separate", "fused"] = Field(
         default="separate",
