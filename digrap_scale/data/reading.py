@@ -1,5 +1,8 @@
 """Encoded samples to decoded ones.
 
+A sample is ``KEY.json``, ``KEY.txt`` or ``KEY.cls`` beside its images: ``KEY.jpg`` (one), ``KEY.0.jpg``, ``KEY.1.jpg``, …
+(several, in order), or none.
+
 Nothing that is read can run code: images are decoded by PIL's JPEG, PNG and WebP readers alone, the rest is JSON or
 text. Every error names the shard and the key.
 """
@@ -15,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from digrap_scale.data.splitting import Span
-from digrap_scale.data.tar import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Offsets, SampleError, ShardReader
+from digrap_scale.data.tar import IMAGE_MEMBER, TEXT_EXTENSIONS, Offsets, SampleError, ShardReader
 
 MAX_IMAGE_PIXELS = 64 * 2**20
 
@@ -74,18 +77,38 @@ def decode_meta(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def decode_sample(raw: dict[str, Any]) -> dict[str, Any]:
-    """A grouped sample of webdataset → ``key``, ``shard``, ``image`` (PIL, RGB), ``meta`` (dict)."""
+    """A grouped sample of webdataset → ``key``, ``shard``, ``meta`` (dict), ``images`` (list of PIL, RGB, in order, maybe
+    empty) and, where there is one, ``image`` (the first)."""
     where = f"{raw['__url__']}: sample {raw['__key__']}"
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in raw]
-    if len(images) != 1:
-        found = " and ".join(images) or "none"
-        raise SampleError(f"{where}: expected one image ({', '.join(IMAGE_EXTENSIONS)}), found {found}")
-    return {
+    meta = decode_meta(raw, where)
+    images = [decode_image(raw[member], where) for member in _image_members(raw, where)]
+    sample: dict[str, Any] = {
         "key": raw["__key__"],
         "shard": raw["__url__"],
-        "meta": decode_meta(raw, where),
-        "image": decode_image(raw[images[0]], where),
+        "images": images,
+        "meta": meta,
     }
+    return {**sample, "image": images[0]} if images else sample
+
+
+def _image_members(raw: dict[str, Any], where: str) -> list[str]:
+    """The extensions of a sample's images, in order."""
+    found: dict[int | None, list[str]] = {}
+    for extension in raw:
+        match = IMAGE_MEMBER.fullmatch(extension)
+        if match:
+            found.setdefault(None if match[1] is None else int(match[1]), []).append(extension)
+    names = [name for of_number in found.values() for name in of_number]
+    if None in found and len(names) > 1:
+        raise SampleError(
+            f"{where}: expected one image, or several numbered from 0 (KEY.0.jpg …), found {' and '.join(names)}"
+        )
+    numbers = sorted(number for number in found if number is not None)
+    if numbers != list(range(len(numbers))) or len(names) != len(found):
+        raise SampleError(
+            f"{where}: images are numbered from 0 without gaps, each once; found {', '.join(sorted(names))}"
+        )
+    return found[None] if None in found else [found[number][0] for number in numbers]
 
 
 def samples_of(

@@ -30,8 +30,8 @@ EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
 MAX_SAMPLE_BYTES = 256 * 2**20
 MAX_OPEN_SHARDS = 64
 OFFSET_COLUMNS = ("start", "bytes", "text_bytes")
-# One member of a kind, or several images that are numbered: KEY.json, KEY.0.webp, KEY.1.webp.
-_EXTENSION = re.compile(rf"([0-9]+\.)?({'|'.join(IMAGE_EXTENSIONS)})|{'|'.join(TEXT_EXTENSIONS)}")
+# One image, or several that are numbered: KEY.webp; KEY.0.webp, KEY.1.webp.
+IMAGE_MEMBER = re.compile(rf"(?:(0|[1-9][0-9]{{0,3}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
 class SampleError(ConfigError):
@@ -46,8 +46,11 @@ def split_name(path: Path | str, name: str) -> tuple[str, str]:
     """
     folder, _, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    if not stem or not _EXTENSION.fullmatch(extension.lower()):
-        raise SampleError(f"{path}: member {name!r}: expected KEY.EXTENSION with one of {', '.join(EXTENSIONS)}")
+    if not stem or not (extension.lower() in TEXT_EXTENSIONS or IMAGE_MEMBER.fullmatch(extension.lower())):
+        raise SampleError(
+            f"{path}: member {name!r}: expected KEY.EXTENSION with one of {', '.join(EXTENSIONS)}, or KEY.0.EXTENSION, "
+            "KEY.1.EXTENSION … for several images"
+        )
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 

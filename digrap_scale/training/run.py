@@ -53,7 +53,7 @@ def _train(config: Config, here: Place) -> None:
             log.message(line)
         projector = attach_projector(run, config)
         log.message(projector.summary())
-        train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
+        train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
         batches = training_loader(data, train_task, config, here, run.engine)
         train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
         projector.detach()

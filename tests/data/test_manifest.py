@@ -58,7 +58,10 @@ def test_a_check_reads_every_byte(folder: Path) -> None:
     assert second == f"{folder}/train-000002.tar: missing"
     assert third.startswith(f"{folder}/train.offsets.npy: expected sha256")
     (folder / "train-000000.tar").write_bytes(b"x")
-    assert f"{folder}/train-000000.tar: expected {Manifest.read(path).shards[0].bytes} bytes, found 1" in check_manifest(path)
+    assert (
+        f"{folder}/train-000000.tar: expected {Manifest.read(path).shards[0].bytes} bytes, found 1"
+        in check_manifest(path)
+    )
 
 
 def test_a_wrong_count_is_found(folder: Path) -> None:

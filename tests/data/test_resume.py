@@ -189,7 +189,10 @@ def test_a_mixture_resumes_and_counts_its_sources(tmp_path: Path, workers: int) 
         loader = build(sources, rank, 2, workers, order="global")
         assert take(loader, 50) == whole[rank][:50]
         state = loader.state_dict()
-    assert loader.source_samples() == {"a": sum(n < 1000 for n in stream[:400]), "b": sum(n >= 1000 for n in stream[:400])}
+    assert loader.source_samples() == {
+        "a": sum(n < 1000 for n in stream[:400]),
+        "b": sum(n >= 1000 for n in stream[:400]),
+    }
     resumed = build(sources, 0, 1, workers, order="global")
     resumed.load_state_dict(state)
     assert flat(take(resumed, 100)) == stream[400:800]

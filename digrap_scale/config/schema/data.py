@@ -18,7 +18,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """webdataset shards of an image and a JSON a sample."""
+    """webdataset shards: a JSON a sample, and its image or images."""
 
     train: list[Text] = Field(
         default=[],
@@ -38,6 +38,30 @@ class DataConfig(Section):
     )
     label_field: Text = Field(default="label", description="Key of the class name in a sample's JSON.")
     caption_field: Text = Field(default="caption", description="Key of the caption in a sample's JSON.")
+    question_field: Text = Field(default="question", description="vqa: key of the question in a sample's JSON.")
+    answers_field: Text = Field(
+        default="answers", description="vqa: key of the list of answers (one, or one an annotator) in a sample's JSON."
+    )
+    answer_choice: Literal["most_frequent", "random"] = Field(
+        default="most_frequent",
+        description=(
+            "vqa: which of several answers is trained on: the `most_frequent` (the first of equals), or a `random` one, drawn "
+            "anew in each epoch from the seed."
+        ),
+    )
+    prompt: Text = Field(
+        default="{question}",
+        description=(
+            "vqa: what is put to the model; `{question}` stands for the sample's question. PaliGemma was trained with `answer "
+            "en {question}`, LLaVA with a line `Answer the question using a single word or phrase.` below it."
+        ),
+    )
+    max_tokens: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "vqa: most tokens of a sample, images included; a longer one is an error. Empty: as many as the model has positions."
+        ),
+    )
     workers: NonNegativeInt = Field(default=0, description="Loader processes a rank.")
     prefetch_batches: PositiveInt = Field(default=2, description="Batches that each loader process makes ahead.")
     shuffle_buffer_samples: NonNegativeInt = Field(
