@@ -94,6 +94,16 @@ class EpochOrder:
         starts = np.where(order > 0, self._ends[order - 1], 0)
         return self._shards[order], tape - starts
 
+    def lane_shards(self, lane: int) -> int:
+        """How many shards a lane reads from."""
+        sizes = np.diff(self._ends, prepend=0)
+        start = (self._first + lane * self._per_lane) % self.samples
+        stop = start + self._per_lane
+        first, last = np.searchsorted(self._ends, [start, (stop - 1) % self.samples], side="right")
+        count = len(sizes)
+        touched = np.r_[first : last + 1] if stop <= self.samples else np.unique(np.r_[first:count, 0 : last + 1])
+        return int((sizes[touched] > 0).sum()) if self._per_lane else 0
+
     def _permuted(self, lane: np.ndarray, in_lane: np.ndarray) -> np.ndarray:
         if self._window == 1:
             return in_lane

@@ -10,7 +10,13 @@ from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.models.groups import build_groups, describe_groups
-from digrap_scale.training.batches import count_steps, open_training_data, training_loader, training_patterns
+from digrap_scale.training.batches import (
+    count_steps,
+    open_training_data,
+    skipped_lines,
+    training_loader,
+    training_patterns,
+)
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.final import save_final
@@ -49,7 +55,7 @@ def _train(config: Config, here: Place) -> None:
     ):
         run = build_run(config, here)
         groups = build_groups(run.engine.module, config.optimizer)
-        for line in run.built.report + describe_groups(groups):
+        for line in skipped_lines(data) + run.built.report + describe_groups(groups):
             log.message(line)
         projector = attach_projector(run, config)
         log.message(projector.summary())
