@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -112,7 +112,7 @@ class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
         self._reader = self._reader or self.sources.reader()
         sample = decode_sample(self._reader.read(where.shard, where.index))
         # The file's name without its folder: the same data elsewhere gives the same crops.
-        name = f"{self.sources.seed}/{where.epoch}/{Path(sample['shard']).name}/{sample['key']}"
+        name = f"{self.sources.seed}/{where.epoch}/{os.path.basename(sample['shard'])}/{sample['key']}"
         sample["seed"] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
         return sample
 

@@ -198,26 +198,54 @@ def parse_sample(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _members(data: bytes) -> list[tuple[str, bytes]]:
-    """Names and contents; plain headers are read one by one, anything else is left to ``tarfile``."""
+    """Names and contents. Plain headers are read here, several times faster; anything else is left to ``tarfile``."""
     found = []
     at = 0
     while at < len(data):
-        member = tarfile.TarInfo.frombuf(data[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
-            return _extended_members(data)
+        header = data[at : at + tarfile.BLOCKSIZE]
+        size = _plain_size(header)
+        if size is None:
+            return _members_by_tarfile(data)
         at += tarfile.BLOCKSIZE
-        if not member.isdir():
-            found.append((member.name, data[at : at + member.size]))
-            if len(found[-1][1]) != member.size:
-                raise tarfile.TarError(f"member {member.name!r} is cut off")
-            at += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        found.append((name, data[at : at + size]))
+        if len(found[-1][1]) != size:
+            raise tarfile.TarError(f"member {name!r} is cut off")
+        at += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return found
 
 
-def _extended_members(data: bytes) -> list[tuple[str, bytes]]:
-    """The same for long names and pax headers."""
+def _plain_size(header: bytes) -> int | None:
+    """The size of a regular file with a sound header whose name stands in it whole; None of anything else.
+
+    Layout: POSIX.1-1988 ustar. Name at 0 (100 bytes), size at 124 (12, octal), checksum at 148 (8), type at 156, prefix of
+    the name at 345 (155). The checksum is the sum of all bytes, its own taken as spaces.
+    """
+    if len(header) != tarfile.BLOCKSIZE or header[156:157] not in (b"0", b"\0") or header[345] or header[124] >= 128:
+        return None
+    try:
+        size, checksum = int(header[124:136].strip(b" \0"), 8), int(header[148:156].strip(b" \0"), 8)
+    except ValueError:
+        return None
+    return size if checksum == sum(header) - sum(header[148:156]) + 8 * 0x20 else None
+
+
+def _members_by_tarfile(data: bytes) -> list[tuple[str, bytes]]:
+    """The same for long names, pax headers, folders.
+
+    Raises:
+        tarfile.TarError: a header is damaged, which ``tarfile`` alone takes for the end.
+    """
+    found = []
+    end = 0
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return [(m.name, stream.read()) for m in tar if (stream := tar.extractfile(m)) is not None and m.isreg()]
+        for member in tar:
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if (stream := tar.extractfile(member)) is not None:
+                found.append((member.name, stream.read()))
+    if end != len(data):
+        raise tarfile.TarError(f"a damaged header at byte {end} of it, or its end is cut off")
+    return found
 
 
 # The offsets of a shard, when somebody asks for them; see ``ShardScan.offsets``.

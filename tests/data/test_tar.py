@@ -133,6 +133,18 @@ def test_a_file_that_changed_after_it_was_indexed_is_named(tmp_path: Path) -> No
         ShardReader([path], [lambda: scan.offsets]).read(0, 0)
 
 
+@pytest.mark.parametrize("member", [2, 3])
+def test_a_header_damaged_after_it_was_indexed_is_named(tmp_path: Path, member: int) -> None:
+    """A sample is not taken for one with fewer members."""
+    path = three(tmp_path)
+    scan = scan_shard(path)
+    data = bytearray(path.read_bytes())
+    data[headers(path)[member].offset + 3] ^= 0x55
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"x\.tar: no sample where one should be"):
+        ShardReader([path], [lambda: scan.offsets]).read(0, 1)
+
+
 def test_a_sample_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar, "MAX_SAMPLE_BYTES", 1000)
     with pytest.raises(SampleError, match="sample 0 has 2048 bytes, limit 1000"):
