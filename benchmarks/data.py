@@ -6,8 +6,8 @@
 
 ``speed`` takes turns on the same generated shards, and compares medians, so that a busy machine weighs on all alike:
 raw (``tarfile`` alone), webdataset (its own pipeline: tar reading, grouping, then our ``decode_sample``), decode
-(``decode_sample`` of samples that are in memory already, kept for a batch as any training does) and ours (the training loader, shuffled, with a task that
-only counts). Large images (``--image-px 512``) are bound by decoding JPEG.
+(``decode_sample`` of samples that are in memory already, kept for a batch as any training does) and ours (the training
+loader, shuffled, with a task that only counts). Large images (``--image-px 512``) are bound by decoding JPEG.
 """
 
 from __future__ import annotations

@@ -29,11 +29,22 @@ _KEY = re.compile(r"[^./\\\s]([^.\\\x00-\x1f]*[^./\\\s])?")
 _URL = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
 
 
+# Fixed time, owner and mode: a shard's bytes depend on its samples alone.
+FIXED_MEMBER_FIELDS: dict[str, Any] = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "encoder": False}
+
+
+def check_key(key: object) -> str | None:
+    """What is wrong with a sample's key, if anything."""
+    if isinstance(key, str) and _KEY.fullmatch(key) and "//" not in key:
+        return None
+    return f"sample key {key!r}: expected a relative name without dots, backslashes or outer spaces"
+
+
 def _sample_members(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample as webdataset writes it; the JSON is written with sorted keys, for equal bytes."""
     key, extension = sample["key"], str(sample.get("extension", "webp")).lower()
-    if not isinstance(key, str) or not _KEY.fullmatch(key) or "//" in key:
-        raise ConfigError(f"sample key {key!r}: expected a relative name without dots, backslashes or outer spaces")
+    if (problem := check_key(key)) is not None:
+        raise ConfigError(problem)
     if extension not in IMAGE_EXTENSIONS:
         raise ConfigError(f"sample {key}: image extension {extension!r}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
     text = json.dumps(sample["meta"], sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -91,7 +102,7 @@ def write_shards(
         partial_folder.mkdir()
         try:
             manifest = _write_partials(samples, _Partials(partial_folder), prefix, samples_per_shard)
-            _publish(manifest, partial_folder, folder, prefix)
+            publish_shards(manifest, partial_folder, folder, prefix)
         finally:
             shutil.rmtree(partial_folder, ignore_errors=True)
     except OSError as error:
@@ -103,8 +114,6 @@ def _write_partials(
     samples: Iterable[dict[str, Any]], partials: _Partials, prefix: str, samples_per_shard: int
 ) -> Manifest:
     seen: set[str] = set()
-    # Fixed time, owner and mode: the bytes depend on the samples alone.
-    fixed: dict[str, Any] = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "encoder": False}
     writer = wds.ShardWriter(
         f"{prefix}-%06d.tar",
         maxcount=samples_per_shard,
@@ -112,7 +121,7 @@ def _write_partials(
         opener=partials.open,
         post=partials.close,
         verbose=0,
-        **fixed,
+        **FIXED_MEMBER_FIELDS,
     )
     with writer:
         for sample in samples:
@@ -130,7 +139,7 @@ def _write_partials(
     return index_shards([partials.folder / name for name in partials.files], prefix)[0]
 
 
-def _publish(manifest: Manifest, partial_folder: Path, folder: Path, prefix: str) -> None:
+def publish_shards(manifest: Manifest, partial_folder: Path, folder: Path, prefix: str) -> None:
     """Moves a whole set into place: without a manifest while it is neither the old nor the new one."""
     manifest_path = folder / f"{prefix}{MANIFEST_SUFFIX}"
     manifest_path.unlink(missing_ok=True)
