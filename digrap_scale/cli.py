@@ -65,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     interpolate.add_argument("b", help="fine-tuned model's folder")
     interpolate.add_argument("out", help="folder to write (with several alphas: their parent)")
     interpolate.add_argument("--alpha", type=float, nargs="+", default=[0.5], help="weights of B in [0, 1]")
+    index = verb("index", _index, "write, or check, the manifest of shards: counts, checksums, where each sample lies")
+    index.add_argument("shards", nargs="+", help="shard files or patterns of one folder (with --check: of any)")
+    index.add_argument(
+        "--check", action="store_true", help="read every byte and compare with the manifests; writes nothing"
+    )
+    index.add_argument("--skip-bad", action="store_true", help="leave out broken samples, and tell which")
+    index.add_argument("--name", help="of the manifest (default: what the files' names have in common)")
+    index.add_argument("--processes", type=int, default=1, help="shards read at a time (default: %(default)s)")
     demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
     demo.add_argument(
@@ -103,6 +111,17 @@ def _interpolate(options: argparse.Namespace) -> None:
 
     for alpha, folder in interpolate(options.a, options.b, options.out, options.alpha).items():
         print(f"alpha {alpha:g}: {folder}")
+
+
+def _index(options: argparse.Namespace) -> None:
+    from digrap_scale.data.index import check, index
+
+    if options.check:
+        lines = check(options.shards, processes=options.processes)
+    else:
+        lines = index(options.shards, name=options.name, skip=options.skip_bad, processes=options.processes)
+    for line in lines:
+        print(line)
 
 
 def _demo(options: argparse.Namespace) -> None:

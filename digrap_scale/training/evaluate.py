@@ -67,7 +67,16 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
     }
     shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
     with run.engine.inference():
-        return evaluate_suite(run.engine.model, run.task, loaders, shifts, device=here.device, reduce_=here.sum_)
+        return evaluate_suite(
+            run.engine.model,
+            run.task,
+            loaders,
+            shifts,
+            device=here.device,
+            reduce_=here.sum_,
+            generate=run.engine.generate,
+            gather=here.gather,
+        )
 
 
 @dataclass

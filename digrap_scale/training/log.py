@@ -182,6 +182,7 @@ class RunLog:
         grad_norm: float,
         strength_mean: float,
         conflict_rate: float,
+        counters: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes a line of metrics and shows it.
 
@@ -195,6 +196,7 @@ class RunLog:
             grad_norm: global L2 norm before clipping.
             strength_mean: mean ω over layers; 0 without a method.
             conflict_rate: share of layers in conflict, in [0, 1].
+            counters: more of the line, such as samples of each source.
         """
         if not self._writes or self._metrics is None:
             return
@@ -210,6 +212,7 @@ class RunLog:
         )
         row: dict[str, Any] = {name: _finite(value) for name, value in zip(METRICS, values, strict=True)}
         row["skipped"] = self._skipped
+        row.update(counters or {})
         self._line_clock, self._samples, self._skipped = now, 0, 0
         self._metrics.append(json.dumps(row) + "\n")
         if self._board is not None:

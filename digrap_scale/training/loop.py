@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from digrap_scale.config.schema import Config
+from digrap_scale.data.loader import TrainingLoader
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.errors import NonFiniteError
 from digrap_scale.projector import Projector
 from digrap_scale.sharding.engine import Engine
+from digrap_scale.training.batches import data_counters
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.schedule import LearningRate
 from digrap_scale.training.setup import Place
@@ -21,7 +24,7 @@ def train_steps(
     engine: Engine,
     projector: Projector,
     task: Task,
-    batches: Iterable[Batch],
+    batches: TrainingLoader,
     log: RunLog,
     config: Config,
     place: Place,
@@ -66,6 +69,7 @@ def train_steps(
                 grad_norm=report.grad_norm,
                 strength_mean=report.strength_mean,
                 conflict_rate=report.conflict_rate,
+                counters=data_counters(batches, config, place),
             )
         if projector.method.has_strength and log.strength_due(step):
             log.strength(step, projector.strength())
@@ -88,7 +92,7 @@ def accumulate(engine: Engine, projector: Projector, task: Task, stream: Iterato
 def prepared(engine: Engine, batch: Batch) -> Batch:
     """The batch on the engine's device, floating inputs in the dtype that it computes in."""
     batch = batch.to(engine.device)
-    return Batch({name: engine.cast(tensor) for name, tensor in batch.inputs.items()}, batch.labels, batch.keys)
+    return replace(batch, inputs={name: engine.cast(tensor) for name, tensor in batch.inputs.items()})
 
 
 def _skip_line(step: int, layers: list[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from digrap_scale.checkpoint.atomic import write_file
 from digrap_scale.config import Config, dump_config
 from digrap_scale.errors import ConfigError
+from digrap_scale.training.batches import training_patterns
 from digrap_scale.training.log import read_status
 from digrap_scale.training.validate import find_problems
 
@@ -41,7 +42,7 @@ def prepare_folder(folder: Path, config: Config) -> None:
 
 def _inputs_inside(folder: Path, config: Config) -> list[str]:
     """What the run reads from the folder that it is about to replace."""
-    sets = [config.data.train, *(entry.shards for entry in config.evaluation.suite)]
+    sets = [training_patterns(config), *(entry.shards for entry in config.evaluation.suite)]
     inputs = [
         config.model.path,
         config.reference.source,

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from digrap_scale.config import Config
-from digrap_scale.data.loader import build_loader
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.models.groups import build_groups, describe_groups
+from digrap_scale.training.batches import (
+    count_steps,
+    open_training_data,
+    skipped_lines,
+    training_loader,
+    training_patterns,
+)
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.final import save_final
@@ -34,9 +39,9 @@ def train(config: Config) -> None:
 def _train(config: Config, here: Place) -> None:
     folder = Path(config.run.folder)
     here.on_rank_0(lambda: prepare_folder(folder, config))
-    shards = ShardSet.open(config.data.train)
-    here.same("data.train: samples of the shards", shards.counts)
-    total_steps = count_steps(config, shards.samples)
+    data = open_training_data(config)
+    here.same("training shards: samples of each", [source.shards.counts for source in data])
+    total_steps = count_steps(config, sum(source.shards.samples for source in data))
     with (
         RunLog(
             folder,
@@ -50,22 +55,12 @@ def _train(config: Config, here: Place) -> None:
     ):
         run = build_run(config, here)
         groups = build_groups(run.engine.module, config.optimizer)
-        for line in run.built.report + describe_groups(groups):
+        for line in skipped_lines(data) + run.built.report + describe_groups(groups):
             log.message(line)
         projector = attach_projector(run, config)
         log.message(projector.summary())
-        train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
-        batches = build_loader(
-            shards,
-            train_task,
-            batch_samples=run.engine.micro_batch_samples,
-            rank=here.rank,
-            world_size=here.world_size,
-            workers=config.data.workers,
-            seed=config.run.seed,
-            shuffle_buffer_samples=config.data.shuffle_buffer_samples,
-            train=True,
-        )
+        train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
+        batches = training_loader(data, train_task, config, here, run.engine)
         train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
         projector.detach()
         if config.checkpoint.final:
@@ -76,21 +71,12 @@ def _train(config: Config, here: Place) -> None:
             here.on_rank_0(lambda: _report(config, folder, result))
 
 
-def count_steps(config: Config, samples: int) -> int:
-    """Optimizer steps of the run: ``training.steps``, or full global batches of ``training.epochs`` passes."""
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None
-    return max(1, training.epochs * (samples // training.global_batch_samples))
-
-
 def _report(config: Config, folder: Path, result: SuiteResult) -> None:
     """The run's own table: ``results.*`` in its folder, and on the screen."""
     rows = [ReportRow(config.method.name, result)]
     notes = [
         f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
-        f"training shards: {', '.join(config.data.train)}",
+        f"training shards: {', '.join(training_patterns(config))}",
     ]
     write_report(rows, folder, notes=notes, strength={config.method.name: read_strength(folder)})
     print_report(rows, notes)

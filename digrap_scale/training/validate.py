@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 from digrap_scale.config import Config
 from digrap_scale.data.check import check_data
 from digrap_scale.data.classes import load_classes
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.build import check_model, describe_model
 from digrap_scale.reference.store import SafetensorsReader
+from digrap_scale.training.batches import describe_data
 
 
 def validate(config: Config) -> list[str]:
-    """Lines that tell what the config's regexes match.
+    """Lines that tell what the config's regexes match, and what each loader process reads.
 
     Raises:
         ConfigError: all problems that were found.
@@ -19,7 +22,8 @@ def validate(config: Config) -> list[str]:
     problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
-    return describe_model(config, _num_classes(config))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return describe_model(config, _num_classes(config)) + describe_data(config, world_size)
 
 
 def find_problems(config: Config) -> list[str]:
@@ -30,7 +34,7 @@ def find_problems(config: Config) -> list[str]:
         num_classes = _num_classes(config)
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
-    if config.evaluation.suite and config.data.classes is None:
+    if config.evaluation.suite and config.data.classes is None and config.model.task != "vqa":
         problems.append("data.classes: expected a file, found none; evaluation.suite tells classes apart")
     return problems + check_model(config, num_classes) + _check_reference(config)
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
-from .base import NonNegativeInt, Section, Text
+from .base import NonNegativeInt, PositiveFloat, Section, Text
+
+
+class SourceConfig(Section):
+    """One source of a mixture."""
+
+    name: Text = Field(description="Its name in the logs.")
+    shards: list[Text] = Field(min_length=1, description="Shard files or patterns, as in `train`.")
+    weight: PositiveFloat = Field(description="Its share of the samples, against the other sources' weights.")
 
 
 class DataConfig(Section):
-    """webdataset shards of an image and a JSON a sample."""
+    """webdataset shards: a JSON a sample, and its image or images."""
 
     train: list[Text] = Field(
-        min_length=1, description="Shard files or patterns (`{000..009}`, `*`), relative to the working directory."
+        default=[],
+        description=(
+            "Shard files or patterns (`{000..009}`, `*`), relative to the working directory; give this or `sources`."
+        ),
     )
+    sources: list[SourceConfig] = Field(default=[], description="Several sets of shards, mixed by weights.")
     classes: Text | None = Field(
         default=None, description="JSON file: class name → prompt (contrastive) or a list of class names."
     )
@@ -26,8 +38,58 @@ class DataConfig(Section):
     )
     label_field: Text = Field(default="label", description="Key of the class name in a sample's JSON.")
     caption_field: Text = Field(default="caption", description="Key of the caption in a sample's JSON.")
+    question_field: Text = Field(default="question", description="vqa: key of the question in a sample's JSON.")
+    answers_field: Text = Field(
+        default="answers", description="vqa: key of the list of answers (one, or one an annotator) in a sample's JSON."
+    )
+    answer_choice: Literal["most_frequent", "random"] = Field(
+        default="most_frequent",
+        description=(
+            "vqa: which of several answers is trained on: the `most_frequent` (the first of equals), or a `random` one, drawn "
+            "anew in each epoch from the seed."
+        ),
+    )
+    prompt: Text = Field(
+        default="{question}",
+        description=(
+            "vqa: what is put to the model; `{question}` stands for the sample's question. PaliGemma was trained with `answer "
+            "en {question}`, LLaVA with a line `Answer the question using a single word or phrase.` below it."
+        ),
+    )
+    max_tokens: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "vqa: most tokens of a sample, images included; a longer one is an error. Empty: as many as the model has positions."
+        ),
+    )
     workers: NonNegativeInt = Field(default=0, description="Loader processes a rank.")
+    prefetch_batches: PositiveInt = Field(default=2, description="Batches that each loader process makes ahead.")
     shuffle_buffer_samples: NonNegativeInt = Field(
-        default=1000, description="Samples that a worker shuffles among; 0 keeps the order."
+        default=1000,
+        description=(
+            "Neighbouring samples that are shuffled among each other, beside the order of the shards; 0 keeps the order. "
+            "Costs no memory; reads are scattered over so many samples."
+        ),
+    )
+    order: Literal["local", "global"] = Field(
+        default="local",
+        description=(
+            "`local`: each rank reads consecutive parts of the shards; `global`: the sequence of samples over all ranks "
+            "is the same for any world size."
+        ),
+    )
+    remainder: Literal["drop", "pad", "repeat"] = Field(
+        default="drop",
+        description=(
+            "An epoch's last samples that fill no step: `drop` them (others each epoch), `pad`: one step more with "
+            "smaller batches, `repeat`: one step more, filled up from the epoch's start."
+        ),
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        default="error",
+        description="A training sample that cannot be read: stop, or leave it out and count it (`bad_samples`).",
+    )
+    max_bad_samples: NonNegativeInt = Field(
+        default=100, description="Bad samples that `skip` puts up with, on each rank."
     )
     augment: Literal["none", "crop"] = Field(default="none", description="`crop`: random resized crop (no flip).")

@@ -17,9 +17,19 @@ class SuiteEntry(Section):
     shift: Literal["id", "near", "far"] = Field(description="How far it is from the training data.")
 
 
+class GenerationConfig(Section):
+    """How answers are generated: greedily, or by beam search; never sampled."""
+
+    max_new_tokens: PositiveInt = Field(default=16, description="Longest answer, in tokens.")
+    num_beams: PositiveInt = Field(default=1, description="Beams; 1 is greedy.")
+
+
 class EvaluationConfig(Section):
     """ID/OOD test sets."""
 
     suite: list[SuiteEntry] = Field(default=[], description="Test sets, in the table's order.")
+    generation: GenerationConfig | None = Field(
+        default=None, description="vqa: how answers are generated; empty: its defaults."
+    )
     batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
     at_end: bool = Field(default=True, description="Evaluate after training.")

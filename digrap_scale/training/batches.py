@@ -1,0 +1,128 @@
+"""A run's training data, as its config has them: sources, batches of this rank, steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from digrap_scale.config import Config
+from digrap_scale.data.loader import TrainingLoader, build_training_loader
+from digrap_scale.data.plan import describe_shares, worker_shares
+from digrap_scale.data.shards import ShardSet
+from digrap_scale.data.sources import Source
+from digrap_scale.data.splitting import Split
+from digrap_scale.data.tasks.base import Task
+from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.engine import Engine
+from digrap_scale.training.setup import Place
+
+
+def open_training_data(config: Config) -> list[Source]:
+    """``data.train`` as one source, or ``data.sources``.
+
+    Raises:
+        ConfigError: see ``ShardSet.open``.
+    """
+    data = config.data
+    skip = data.on_bad_sample == "skip"
+    if data.train:
+        return [Source("train", ShardSet.open(data.train, skip=skip))]
+    return [Source(s.name, ShardSet.open(s.shards, skip=skip), s.weight) for s in data.sources]
+
+
+def training_patterns(config: Config) -> list[str]:
+    """The shard patterns of the training data."""
+    return [*config.data.train, *(pattern for source in config.data.sources for pattern in source.shards)]
+
+
+def training_loader(data: list[Source], task: Task, config: Config, here: Place, engine: Engine) -> TrainingLoader:
+    """This rank's batches, without an end."""
+    options = config.data
+    return build_training_loader(
+        data,
+        task,
+        batch_samples=engine.micro_batch_samples,
+        accumulation_steps=engine.accumulation_steps,
+        rank=here.rank,
+        world_size=here.world_size,
+        workers=options.workers,
+        prefetch_batches=options.prefetch_batches,
+        seed=config.run.seed,
+        shuffle_buffer_samples=options.shuffle_buffer_samples,
+        order=options.order,
+        remainder=options.remainder,
+        on_bad_sample=options.on_bad_sample,
+        max_bad_samples=options.max_bad_samples,
+    )
+
+
+def data_counters(loader: TrainingLoader, config: Config, place: Place) -> dict[str, Any]:
+    """What a line of metrics says of the data: bad samples over all ranks (``skip``), samples of each source (a mixture).
+
+    Collective where bad samples are skipped.
+    """
+    counters: dict[str, Any] = {}
+    if config.data.on_bad_sample == "skip":
+        bad = torch.tensor(loader.bad_samples, dtype=torch.int64, device=place.device)
+        place.sum_(bad)
+        counters["bad_samples"] = int(bad)
+    if given := loader.source_samples():
+        counters["source_samples"] = given
+    return counters
+
+
+def describe_data(config: Config, world_size: int) -> list[str]:
+    """An epoch's steps, and what each worker of ``world_size`` ranks reads of it, a line each.
+
+    Raises:
+        ConfigError: see ``ShardSet.open``; the batches do not divide among so many ranks.
+    """
+    training, data = config.training, config.data
+    micro = training.micro_batch_samples or training.global_batch_samples // world_size
+    share = micro * world_size
+    if share == 0 or training.global_batch_samples % share:
+        raise ConfigError(
+            f"training.global_batch_samples: expected a multiple of {share or world_size} over {world_size} processes, found "
+            f"{training.global_batch_samples}"
+        )
+    sources = open_training_data(config)
+    counts = [count for source in sources for count in source.shards.counts]
+    split = Split(
+        sum(counts),
+        micro,
+        world_size,
+        accumulation_steps=training.global_batch_samples // share,
+        remainder=data.remainder,
+        lanes=world_size if data.order == "local" else 1,
+    )
+    lines = [f"data: {s.name}: {s.shards.samples} samples in {len(s.shards.counts)} shards" for s in sources]
+    lines += skipped_lines(sources)
+    steps, left = split.steps_per_epoch(sum(counts)), sum(counts) % training.global_batch_samples
+    what = {"drop": "left out", "pad": "in a smaller step", "repeat": "in a step filled up"}[data.remainder]
+    rest = f", {left} samples of it {what}" if left and not data.sources else ""
+    lines.append(f"data: {steps} steps an epoch of {training.global_batch_samples} samples{rest}")
+    return lines + describe_shares(worker_shares(counts, split, data.workers, config.run.seed))
+
+
+def skipped_lines(sources: list[Source]) -> list[str]:
+    """What was found broken in the shards and is left out, a line each; empty if nothing was."""
+    return [f"skipped: {problem}" for source in sources for problem in source.shards.skipped]
+
+
+def count_steps(config: Config, samples: int) -> int:
+    """Optimizer steps of the run: ``training.steps``, those of ``training.epochs`` passes, or of ``training.samples``.
+
+    Args:
+        samples: of the training data; a pass over a mixture is as many.
+    """
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    if training.samples is not None:
+        return max(1, training.samples // training.global_batch_samples)
+    assert training.epochs is not None  # the schema asks for one of the three
+    whole = config.data.remainder != "drop" and not config.data.sources
+    per_epoch = samples / training.global_batch_samples
+    return max(1, training.epochs * (math.ceil(per_epoch) if whole else math.floor(per_epoch)))

@@ -1,0 +1,155 @@
+"""tools/make_shards.py: what goes in comes out, killed runs go on, bad input is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from make_shards import main  # noqa: E402
+
+from digrap_scale.data import make  # noqa: E402
+from digrap_scale.data.manifest import check_manifest  # noqa: E402
+from digrap_scale.data.reading import samples_of  # noqa: E402
+from digrap_scale.data.shards import ShardSet  # noqa: E402
+from digrap_scale.data.splitting import Span  # noqa: E402
+from tests.data.samples import encoded  # noqa: E402
+
+
+def read(folder: Path, prefix: str = "p") -> list[dict[str, Any]]:
+    assert check_manifest(folder / f"{prefix}.manifest.json") == []
+    assert not list(folder.glob(".*"))
+    shards = ShardSet.open([f"{folder}/{prefix}-*.tar"])
+    spans = [Span(i, 0, count) for i, count in enumerate(shards.counts)]
+    return list(samples_of(spans, shards.paths, shards.offsets))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "photos" / label / f"v1.{i}.PNG").write_bytes(encoded((i, 0, 0)))
+    (tmp_path / "photos" / "cat" / "v1.0.txt").write_text("a cat\n")
+    return tmp_path / "photos"
+
+
+def run(kind: str, source: Path, out: Path, *more: str) -> int:
+    return main([kind, str(source), "--out", str(out), "--prefix", "p", "--samples-per-shard", "3", *more])
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_folder(photos: Path, tmp_path: Path, processes: str) -> None:
+    assert run("folder", photos, tmp_path / "out", "--processes", processes) == 0
+    samples = read(tmp_path / "out")
+    assert [sample["key"] for sample in samples] == [f"{label}/v1_{i}" for label in ("cat", "dog") for i in range(5)]
+    assert samples[0]["meta"] == {"label": "cat", "caption": "a cat"} and samples[9]["meta"] == {"label": "dog"}
+    assert samples[4]["image"].getpixel((0, 0)) == (4, 0, 0)
+    assert ShardSet.open([f"{tmp_path}/out/p-*.tar"]).counts == (3, 3, 3, 1)
+
+
+def test_shards_are_limited_in_size(photos: Path, tmp_path: Path) -> None:
+    for path in photos.rglob("*.PNG"):
+        path.write_bytes(encoded(size=8) + bytes(400_000))
+    assert run("folder", photos, tmp_path / "out", "--shard-mb", "1") == 0
+    assert ShardSet.open([f"{tmp_path}/out/p-*.tar"]).counts == (2,) * 5
+    assert all(path.stat().st_size < 10**6 for path in (tmp_path / "out").glob("*.tar"))
+
+
+def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the third shard: the first two are not written again, and the result is that of one go."""
+    written: list[str] = []
+    whole = make._write_shard
+
+    def dies(path: Path, items: Any) -> None:
+        if len(written) == 2:
+            (path.parent / f".{path.name}.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        whole(path, items)
+
+    monkeypatch.setattr(make, "_write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("folder", photos, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.json"))
+    monkeypatch.setattr(make, "_write_shard", lambda path, items: (written.append(path.name), whole(path, items)))
+    assert run("folder", photos, tmp_path / "out") == 0
+    assert written == [f"p-00000{i}.tar" for i in range(4)]
+    assert run("folder", photos, tmp_path / "once") == 0
+    for path in (tmp_path / "once").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_killed_run_of_other_samples_starts_anew(photos: Path, tmp_path: Path) -> None:
+    making = tmp_path / "out" / ".p.making"
+    making.mkdir(parents=True)
+    (making / "plan.json").write_text("of another plan")
+    (making / "p-000000.tar").write_bytes(b"old")
+    assert run("folder", photos, tmp_path / "out") == 0
+    assert len(read(tmp_path / "out")) == 10
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_llava(tmp_path: Path, lines: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "1.jpg").write_bytes(encoded(extension="jpg"))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    more = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here."}]
+    records: list[dict[str, Any]] = [
+        {"id": "000.1", "image": "coco/1.jpg", "conversations": [*turns, *more]},
+        {"id": "two", "image": ["coco/1.jpg", "coco/1.jpg"], "conversations": turns},
+        {"id": "text", "conversations": more},
+    ]
+    file = tmp_path / "llava.json"
+    file.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records))
+    assert run("llava", file, tmp_path / "out") == 0
+    samples = read(tmp_path / "out")
+    assert [(s["key"], len(s["images"])) for s in samples] == [("000_1-0", 1), ("000_1-1", 1), ("two", 2), ("text", 0)]
+    assert samples[0]["meta"] == {"id": "000.1", "question": "What?", "answers": ["A cat."]}
+    records += [
+        {"id": "gone", "image": "coco/2.jpg", "conversations": turns},
+        {"conversations": turns[:1]},
+        {"id": "x"},
+    ]
+    file.write_text(json.dumps(records))
+    capsys.readouterr()
+    assert run("llava", file, tmp_path / "out") == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in printed[:3]] == ["record 3", "record 4", "record 5"]
+    assert run("llava", file, tmp_path / "out", "--skip-bad") == 0
+    assert capsys.readouterr().err.count("left out: ") == 3 and len(read(tmp_path / "out")) == 4
+
+
+def test_keys_that_collide_are_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "cat" / "v1_0.png").write_bytes(encoded())
+    assert run("folder", photos, tmp_path / "out") == 2
+    assert "key 'cat/v1_0' comes 2 times" in capsys.readouterr().err
+    (photos / "loose.png").write_bytes(encoded())
+    assert run("folder", photos, tmp_path / "out") == 2
+    assert "loose.png: lies in no folder" in capsys.readouterr().err
+    assert run("folder", tmp_path / "nowhere", tmp_path / "out") == 2
+
+
+def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": encoded((i, 0, 0), extension="webp"), "path": None} for i in range(4)]
+    columns = {"image": images, "label": [0, 1, 0, 1], "text": ["a", "b", "c", "d"]}
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["x", "y"]),
+        "text": datasets.Value("string"),
+    }
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    data.save_to_disk(str(tmp_path / "hf"))
+    assert run("hf", tmp_path / "hf", tmp_path / "out") == 0
+    samples = read(tmp_path / "out")
+    assert [sample["meta"] for sample in samples[:2]] == [{"label": "x", "text": "a"}, {"label": "y", "text": "b"}]
+    assert run("hf", tmp_path / "hf", tmp_path / "out", "--image-column", "text") == 2
+    assert "expected a column of images, found 'text'" in capsys.readouterr().err
+    assert run("hf", tmp_path, tmp_path / "out") == 2

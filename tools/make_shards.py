@@ -1,0 +1,72 @@
+"""Make webdataset shards from an image folder, LLaVA's JSON, or a Hugging Face dataset on disk.
+
+    python tools/make_shards.py folder photos/ --out shards --prefix photos-train
+    python tools/make_shards.py llava llava_v1_5_mix665k.json --images data/ --out shards --prefix llava --processes 8
+    python tools/make_shards.py hf data/beans/train --image-column image --out shards --prefix beans-train
+
+A run that is killed goes on where it stopped. Published benchmarks (VQA v2, COCO images, …) have converters of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from digrap_scale.data.make import list_folder, list_hugging_face, list_llava, make_shards
+from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("folder", "llava", "hf"))
+    parser.add_argument("source", type=Path, help="the folder, or LLaVA's JSON file")
+    parser.add_argument("--images", type=Path, help="llava: folder of the images (default: the file's own)")
+    parser.add_argument("--image-column", default="image", help="hf: the images' column (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--prefix", required=True, help="the shards are PREFIX-000000.tar …")
+    parser.add_argument("--samples-per-shard", type=int, default=5000, help="at most (default: %(default)s)")
+    parser.add_argument("--shard-mb", type=int, help="folder, llava: megabytes of a shard, at most")
+    parser.add_argument("--processes", type=int, default=1, help="shards written at a time (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used, and tell of it")
+    options = parser.parse_args(arguments)
+    try:
+        _make(options)
+    except DigrapError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return EXIT_OK
+
+
+def _make(options: argparse.Namespace) -> None:
+    if options.kind == "hf" and options.shard_mb is not None:
+        raise ConfigError("--shard-mb: a dataset's images have no size before they are read; give --samples-per-shard")
+    if min(options.samples_per_shard, options.shard_mb or 1, options.processes) < 1:
+        raise ConfigError("--samples-per-shard, --shard-mb, --processes: expected 1 or more")
+    if options.kind == "folder":
+        items, problems = list_folder(options.source)
+    elif options.kind == "llava":
+        items, problems = list_llava(options.source, options.images or options.source.parent)
+    else:
+        items, problems = list_hugging_face(options.source, options.image_column)
+    if problems and not options.skip_bad:
+        raise ConfigError([*problems[:50], f"{len(problems)} problems; --skip-bad leaves these out"])
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    manifest = make_shards(
+        items,
+        options.out,
+        prefix=options.prefix,
+        samples_per_shard=options.samples_per_shard,
+        shard_bytes=None if options.shard_mb is None else options.shard_mb * 10**6,
+        processes=options.processes,
+    )
+    print(f"{options.out}/{options.prefix}.manifest.json: {manifest.samples} samples in {len(manifest.shards)} shards")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
