@@ -122,6 +122,7 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
     slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
     if settings.task == "vqa":
         family = build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
+        model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
         whole = family.processor
         return BuiltModel(wrapped, whole, whole.tokenizer, folder, new, report, slices, family)
     processor = _optional(AutoImageProcessor, folder, settings, ("preprocessor_config.json", "processor_config.json"))

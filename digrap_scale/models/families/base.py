@@ -51,7 +51,7 @@ class Family:
     """Models that are asked through their chat template; the base of the others.
 
     Attributes:
-        wrap: class names of the blocks that FSDP2 shards where the model's ``_no_split_modules`` do not say enough.
+        wrap: class names of blocks that FSDP2 shards beside those that the model itself names (``_no_split_modules``).
         blank_options: the processor's options for an image that stands where there is none.
         answer_values: fields whose value at an answer's tokens is not 0.
     """
