@@ -45,6 +45,7 @@ _AUTO_CLASSES: dict[str, Any] = {
     "classification": AutoModelForImageClassification,
     "contrastive": AutoModel,
     "vqa": AutoModelForImageTextToText,
+    "classification-as-vqa": AutoModelForImageTextToText,
 }
 
 # A folder and a model of its architecture without weights → the folder's checkpoint, opened.
@@ -120,7 +121,7 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
         if layers:
             report.append(f"model.batch_norm: the statistics of {layers} layers are frozen")
     slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
-    if settings.task == "vqa":
+    if settings.generative:
         family = build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
         model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
         whole = family.processor
@@ -180,6 +181,8 @@ def _open(
 ) -> tuple[PreTrainedModel | None, StoredWeights | None, list[str]]:
     """The architecture without weights and the checkpoint, if its tensors can be read slice by slice; else why not."""
     why = obstacle(folder, config)
+    if settings.lora is not None and settings.lora.dora:
+        why = "DoRA's magnitudes start at the norms of its weights"
     if why is None:
         try:
             twin = meta_model(config, settings)
