@@ -184,6 +184,18 @@ def _suite_file(suite_file: str | None) -> Iterable[Problem]:
         )
 
 
+def _shift_degree(shift_degree: Mapping[str, Any] | None, suite: Sequence[object], target: str) -> Iterable[Problem]:
+    if shift_degree is None:
+        return
+    if not suite:
+        yield ("evaluation", "shift_degree"), "expected nothing without evaluation.suite, found a section; remove it"
+    if target == "caption":
+        yield (
+            ("evaluation", "shift_degree"),
+            "expected nothing with data.target `caption`, found a section; it reads the training shards' labels",
+        )
+
+
 def _group_patterns(groups: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -214,6 +226,7 @@ CHECKS = (
     Check(("training.projection", "optimizer.name"), _projection),
     Check(("evaluation.suite",), _suite_names),
     Check(("evaluation.suite_file",), _suite_file),
+    Check(("evaluation.shift_degree", "evaluation.suite", "data.target"), _shift_degree),
 )
 
 

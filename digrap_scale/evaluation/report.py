@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from digrap_scale.errors import ConfigError, SaveError
-from digrap_scale.evaluation import plots
+from digrap_scale.evaluation import plots, shift_report
 from digrap_scale.evaluation.strength import StrengthHistory
 from digrap_scale.evaluation.suite import SuiteResult
 
@@ -157,7 +157,11 @@ def print_report(rows: Sequence[ReportRow], notes: Sequence[str] = (), console: 
         if not console.is_terminal:  # a file or a pipe: rich would guess 80 columns and cut names
             console = Console(width=_FILE_WIDTH)
     console.print(terminal_table(rows, width=console.width))
-    for note in notes:
+    told = [*notes, *_own_notes(rows)]
+    if shift_report.parts_of(rows):
+        console.print(shift_report.terminal(rows))
+        told += [shift_report.NOTE, *shift_report.correlations(rows)]
+    for note in told:
         console.print(f"· {note}", markup=False, highlight=False)
 
 
@@ -171,10 +175,16 @@ def markdown(rows: Sequence[ReportRow], notes: Sequence[str], pictures: Sequence
         name = _escape(f"{row.name} ({row.note})" if row.note else row.name)
         lines.append(f"| {name} | " + " | ".join(_cell(*column.cells[i]) for column in shown) + " |")
     lines += ["", f"- {ACCURACY_NOTE}", f"- Samples: {_samples(rows)}."]
-    lines += [f"- {note}" for note in notes]
+    lines += [f"- {note}" for note in [*notes, *_own_notes(rows)]]
+    lines += shift_report.markdown(rows)
     for picture in pictures:
         lines += ["", f"![{Path(picture).stem}]({picture})"]
     return "\n".join(lines) + "\n"
+
+
+def _own_notes(rows: Sequence[ReportRow]) -> list[str]:
+    """What the results have to say, by row where there are several."""
+    return [f"{row.name}: {note}" if len(rows) > 1 else note for row in rows for note in row.result.notes]
 
 
 def _samples(rows: Sequence[ReportRow]) -> str:
@@ -220,7 +230,7 @@ def write_report(
     strength: Mapping[str, StrengthHistory] | None = None,
     scatter: bool = False,
 ) -> list[Path]:
-    """Writes ``results.json``, ``results.md``, ``results.png`` and, given ω, ``strength.png``.
+    """Writes ``results.json``, ``results.md``, ``results.png``; given ω ``strength.png``, given degrees of shift ``shift.png``.
 
     Args:
         rows: one a method, in the table's order, all on the same test sets.
@@ -244,6 +254,8 @@ def write_report(
         files["strength.png"] = plots.strength_maps(histories)
     if scatter:
         files["scatter.png"] = plots.scatter(names, _points(rows))
+    if parts := shift_report.parts_of(rows):
+        files["shift.png"] = plots.shift_panels(parts, [_shift_points(row) for row in rows])
     files["results.md"] = markdown(rows, notes, pictures=list(files)).encode()
     files["results.json"] = to_json(rows, notes).encode()
     return [_write(Path(folder) / name, content) for name, content in files.items()]
@@ -263,6 +275,11 @@ def _points(rows: Sequence[ReportRow]) -> list[tuple[tuple[float, float], tuple[
             raise ConfigError("a picture of ID against OOD needs test sets of both kinds in evaluation.suite")
         points.append(((id_mean, id_error), (ood_mean, ood_error)))
     return points
+
+
+def _shift_points(row: ReportRow) -> plots.ShiftPoints:
+    sets = row.result.sets.items()
+    return plots.ShiftPoints(row.name, [(name, one.shift, one.shift_degree, one.accuracy) for name, one in sets])
 
 
 def _write(path: Path, content: bytes) -> Path:

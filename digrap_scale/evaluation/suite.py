@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal, Protocol, cast
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation import metrics
+from digrap_scale.evaluation.shift import ShiftDegrees, pearson, spearman
 from digrap_scale.types import Batch
 
 Shift = Literal["id", "near", "far"]
@@ -42,6 +43,8 @@ class SetResult:
         samples: real samples, over all ranks.
         class_accuracy: class name → accuracy on its samples; classes without samples are left out.
         modality: what has shifted.
+        shift_degree: embedding (vision, question, joint) → mean Mahalanobis distance to the training set; empty where it
+            was not measured.
     """
 
     shift: Shift
@@ -50,13 +53,20 @@ class SetResult:
     samples: int
     class_accuracy: dict[str, float]
     modality: Modality = "none"
+    shift_degree: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """All test sets, in the suite's order. Means are plain means over sets; None where there is no such set."""
+    """All test sets, in the suite's order. Means are plain means over sets; None where there is no such set.
+
+    Attributes:
+        sets: name → result.
+        notes: lines that a reader needs: what could not be measured, and why.
+    """
 
     sets: dict[str, SetResult]
+    notes: list[str] = field(default_factory=list)
 
     def mean(self, *shifts: Shift) -> float | None:
         """Plain mean of the accuracies of the sets with one of these shifts."""
@@ -85,14 +95,36 @@ class SuiteResult:
         """Mean over near and far sets alike."""
         return self.mean("near", "far")
 
+    def with_shift_degrees(self, degrees: ShiftDegrees) -> SuiteResult:
+        """The same with the degree of shift of each set."""
+        sets = {name: replace(one, shift_degree=degrees.of[name]) for name, one in self.sets.items()}
+        return SuiteResult(sets, [*self.notes, *degrees.notes])
+
+    @property
+    def shift_correlations(self) -> dict[str, dict[str, Any]]:
+        """Embedding → ``pearson`` and ``spearman`` of degree of shift and accuracy over the ``sets`` (their number) that
+        have both, ID ones included. None where there are too few sets or nothing varies."""
+        found = {}
+        for part in dict.fromkeys(part for one in self.sets.values() for part in one.shift_degree):
+            pairs = [(one.shift_degree[part], one.accuracy) for one in self.sets.values() if part in one.shift_degree]
+            degrees, accuracies = zip(*pairs, strict=True)
+            found[part] = {
+                "pearson": pearson(degrees, accuracies),
+                "spearman": spearman(degrees, accuracies),
+                "sets": len(pairs),
+            }
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: every set, and the means."""
+        """As JSON: every set, the means, and how accuracy goes with the degree of shift."""
         return {
             "sets": {name: dict(vars(one)) for name, one in self.sets.items()},
             "id_mean": self.id_mean,
             "near_mean": self.near_mean,
             "far_mean": self.far_mean,
             "ood_mean": self.ood_mean,
+            "shift_correlations": self.shift_correlations,
+            "notes": self.notes,
         }
 
     @classmethod
@@ -100,6 +132,7 @@ class SuiteResult:
         """Back from ``to_dict``; the means are computed anew. Raises: ConfigError where keys are missing."""
         try:
             sets = {name: SetResult(**one) for name, one in stored["sets"].items()}
+            notes = [str(note) for note in stored.get("notes", [])]
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a stored suite result ({type(error).__name__}: {error}); evaluate again") from error
         for name, one in sets.items():
@@ -107,7 +140,7 @@ class SuiteResult:
                 raise ConfigError(
                     f"stored test set {name}: shift is {one.shift!r}, expected one of {', '.join(SHIFTS)}"
                 )
-        return cls(sets)
+        return cls(sets, notes)
 
 
 def evaluate_suite(

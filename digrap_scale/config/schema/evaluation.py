@@ -20,6 +20,18 @@ class SuiteEntry(Section):
     )
 
 
+class ShiftDegreeConfig(Section):
+    """How far each test set is from the training set: Mahalanobis distance of the model's own embeddings (docs/evaluation.md)."""
+
+    train_samples: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Training samples (at least so many, drawn by the run's seed) that mean and covariance are taken from; empty: "
+            "all, each once."
+        ),
+    )
+
+
 class EvaluationConfig(Section):
     """ID/OOD test sets."""
 
@@ -27,6 +39,9 @@ class EvaluationConfig(Section):
     suite_file: Text | None = Field(
         default=None,
         description="YAML file with a key `suite`: more test sets, after those of `suite` (`configs/suites/`).",
+    )
+    shift_degree: ShiftDegreeConfig | None = Field(
+        default=None, description="Measure the degree of shift, too (`{}` for its defaults); empty: do not."
     )
     batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
     at_end: bool = Field(default=True, description="Evaluate after training.")
