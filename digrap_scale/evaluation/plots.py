@@ -68,11 +68,11 @@ def bars(names: Sequence[str], columns: Sequence[BarColumn]) -> bytes:
     axes.set_ylim(0, min(104.0, max(1.0, 1.06 * top)))
     axes.set_ylabel("accuracy (%)")
     axes.set_xlim(centres[0] - 0.6, centres[-1] + 0.6)
-    longest = max(len(column.title) for column in shown)
+    longest = max(len(text) for column in shown for text in (column.title, column.label))
     slanted = longest * _LETTER_INCHES > inches / (len(shown) + 1)
     axes.set_xticks(
-        centres, [_bar_label(column) for column in shown], fontsize=9,
-        rotation=25 if slanted else 0, ha="right" if slanted else "center", rotation_mode="anchor" if slanted else None,
+        centres, [_bar_label(column, " " if slanted else "\n") for column in shown], fontsize=9,
+        rotation=30 if slanted else 0, ha="right" if slanted else "center", rotation_mode="anchor" if slanted else None,
     )  # fmt: skip
     if 0 < first_mean < len(shown):
         axes.axvline(
@@ -86,8 +86,8 @@ def bars(names: Sequence[str], columns: Sequence[BarColumn]) -> bytes:
     return _png(figure)
 
 
-def _bar_label(column: BarColumn) -> str:
-    return f"{column.title}\n({column.label})" if column.label else column.title
+def _bar_label(column: BarColumn, gap: str) -> str:
+    return f"{column.title}{gap}({column.label})" if column.label else column.title
 
 
 def scatter(names: Sequence[str], points: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> bytes:
