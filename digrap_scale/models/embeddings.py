@@ -112,4 +112,5 @@ EMBED: dict[str, Callable[[nn.Module], Embed]] = {
     "classification": _classification,
     "contrastive": _contrastive,
     "vqa": _generative,
+    "classification-as-vqa": _generative,
 }

@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "iv-vqa": causal.BENCHMARK,
     "cv-vqa": causal.BENCHMARK,
     "vqa-rephrasings": rephrasings.BENCHMARK,
+    "vqa-rephrasings-og": rephrasings.WITH_ORIGINALS,
     "vqa-cp-v2": vqacp.BENCHMARK,
     "vqa-ce": vqace.BENCHMARK,
     "advqa": advqa.BENCHMARK,

@@ -232,6 +232,7 @@ WRITERS = {
     "iv-vqa": causal,
     "cv-vqa": causal,
     "vqa-rephrasings": rephrasings,
+    "vqa-rephrasings-og": rephrasings,
     "vqa-cp-v2": vqacp,
     "vqa-ce": vqace,
     "advqa": advqa,

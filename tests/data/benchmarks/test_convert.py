@@ -72,6 +72,7 @@ EXPECTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }  # fmt: skip
 EXPECTED["cv-vqa"] = EXPECTED["iv-vqa"]
+EXPECTED["vqa-rephrasings-og"] = [EXPECTED["vqav2"][0], *EXPECTED["vqa-rephrasings"]]
 EXPECTED["vqa-ce"] = [EXPECTED["vqav2"][0], EXPECTED["vqav2"][2]]
 
 
