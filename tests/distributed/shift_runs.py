@@ -7,17 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, CLIPModel, LlavaForConditionalGeneration
+from transformers import AutoConfig, CLIPModel, LlavaForConditionalGeneration, ViTForImageClassification
 
 from digrap_scale.config.schema import Config
-from digrap_scale.evaluation.shift import measure_shift
+from digrap_scale.evaluation.shift import Moments, Whitened, measure_shift
 from digrap_scale.evaluation.suite import evaluation_mode
 from digrap_scale.models.embeddings import build_embed
 from digrap_scale.sharding.build import build_engine
 from digrap_scale.types import Batch
 from tests.distributed.vlm_models import IMAGE_TOKEN, PATCHES
 
-KINDS = {"clip": (CLIPModel, "contrastive"), "llava": (LlavaForConditionalGeneration, "vqa")}
+KINDS: dict[str, tuple[Any, str]] = {
+    "clip": (CLIPModel, "contrastive"),
+    "llava": (LlavaForConditionalGeneration, "vqa"),
+    "vit": (ViTForImageClassification, "classification"),
+}
 BATCH = 4
 # Samples of the training set and of two test sets on each rank: rank 1 has fewer, and of `far` none at all.
 SHARES = {"train": (18, 13), "near": (7, 3), "far": (5, 0)}
@@ -36,6 +40,8 @@ def shift_samples(kind: str, name: str) -> Batch:
         texts = torch.tensor([[3, 4, 2], [5, 6, 2], [7, 8, 2]])
         inputs = {"input_ids": texts, "attention_mask": torch.ones_like(texts), "pixel_values": pixels}
         return Batch(inputs, torch.randint(3, (count,), generator=generator))
+    if kind == "vit":
+        return Batch({"pixel_values": pixels}, torch.zeros(count, dtype=torch.int64))
     words = torch.randint(3, 20 if name == "far" else IMAGE_TOKEN, (count, 5), generator=generator)
     ids = torch.cat([torch.full((count, PATCHES), IMAGE_TOKEN), words], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
@@ -67,7 +73,7 @@ def rank_batches(kind: str, name: str, rank: int) -> list[Batch]:
 def measure_on_rank(folders: dict[str, str], backends: list[str]) -> dict[str, Any]:
     """Backend and kind → degrees of shift, as this rank has them."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found = {}
+    found: dict[str, Any] = {"moments": _moments(rank)}
     for backend in backends:
         for kind, folder in folders.items():
             config = Config.model_validate(
@@ -99,12 +105,27 @@ def measure_on_rank(folders: dict[str, str], backends: list[str]) -> dict[str, A
     return found
 
 
+def moment_vectors() -> tuple[torch.Tensor, tuple[int, int]]:
+    """[N, p] float64 far from 0, and how many of them each rank has."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(60, 12, generator=generator, dtype=torch.float64) * 3 + 1000, (53, 7)
+
+
+def _moments(rank: int) -> dict[str, torch.Tensor]:
+    vectors, shares = moment_vectors()
+    moments = Moments(vectors.shape[1])
+    for batch in vectors.split(shares)[rank].split(5):
+        moments.add(batch)
+    moments.reduce_(lambda tensor: dist.all_reduce(tensor))
+    return {"mean": moments.mean, "scatter": moments.scatter, "distances": Whitened(moments).distances(vectors + 1)}
+
+
 def reference_shift(kind: str, folder: str) -> dict[str, dict[str, float]]:
     """Whole sets in one batch, the unwrapped model's own parts, numpy."""
     model = load(kind, folder).eval()
     vectors = {name: _vectors(kind, model, shift_samples(kind, name)) for name in SHARES}
     train = vectors.pop("train")
-    return {name: {key: _distance(train[key], found[key]) for key in found} for name, found in vectors.items()}
+    return {name: {key: distance(train[key], found[key]) for key in found} for name, found in vectors.items()}
 
 
 @torch.no_grad()
@@ -115,6 +136,8 @@ def _vectors(kind: str, model: Any, batch: Batch) -> dict[str, np.ndarray]:
         image, text = (getattr(one, "pooler_output", one) for one in (image, text))
         image, text = (torch.nn.functional.normalize(one, dim=-1) for one in (image, text))
         return {"vision": _double(image), "joint": _double(torch.cat([image, text[batch.labels]], dim=1))}
+    if kind == "vit":
+        return {"vision": _double(model.vit(pixels).last_hidden_state[:, 0])}
     features = model.get_image_features(pixel_values=pixels)
     features = getattr(features, "pooler_output", features)
     words = model.get_input_embeddings()(batch.inputs["input_ids"][:, PATCHES:])
@@ -130,7 +153,7 @@ def _double(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
-def _distance(train: np.ndarray, test: np.ndarray) -> float:
+def distance(train: np.ndarray, test: np.ndarray) -> float:
     count, size = train.shape
     covariance = np.cov(train.T, bias=True)
     trace, square = np.trace(covariance), np.sum(covariance**2)
