@@ -32,6 +32,8 @@ class Encoder(Protocol):
 
     def encode(self, question: str, images: Sequence[Any], answer: str | None = None) -> Any: ...
 
+    def continuation(self, question: str, images: int, answer: str) -> dict[str, list[int]]: ...
+
     def join(self, rows: Sequence[Any], *, left: bool) -> dict[str, torch.Tensor]: ...
 
     def supervised(self, rows: Sequence[Any], width: int) -> torch.Tensor: ...
@@ -54,8 +56,8 @@ class VqaTask(Task):
         *,
         train: bool,
         prompt: str,
-        question_field: str,
-        answers_field: str,
+        question_field: str = "question",
+        answers_field: str = "answers",
         answer_choice: str,
         max_tokens: int | None,
         generation: dict[str, Any],
@@ -99,7 +101,7 @@ class VqaTask(Task):
         """
         answers = [self.answers(sample) for sample in samples]
         rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
-        inputs = self.encoder.join(rows, left=not self.train)
+        inputs = self.encoder.join(rows, left=self.generates and not self.train)
         inputs = {name: self._cast(tensor) for name, tensor in inputs.items()}
         if self.train:
             height, width = inputs["input_ids"].shape
@@ -108,11 +110,15 @@ class VqaTask(Task):
             inputs["labels"] = labels
         return Batch(
             inputs,
-            torch.zeros(len(samples), dtype=torch.int64),
+            self.labels(samples),
             [sample["key"] for sample in samples],
             answers,
             [self.group(sample) for sample in samples],
         )
+
+    def labels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """[B] zeros: every sample counts."""
+        return torch.zeros(len(samples), dtype=torch.int64)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

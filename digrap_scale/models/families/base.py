@@ -135,10 +135,16 @@ class Family:
         tokens, tensors = self.encode_prompt(prompt, images, **options)
         prompt_tokens = len(tokens["input_ids"])
         if answer is not None:
-            ids = self._answer_ids(prompt, f"{self.opening}{answer.strip()}{self.end}")
+            more = self.continuation(question, len(images), answer)
             for name, values in tokens.items():
-                values += ids if name == "input_ids" else [self.answer_values.get(name, 0)] * len(ids)
+                values += more[name]
         return Encoded(tokens, prompt_tokens, tensors)
+
+    def continuation(self, question: str, images: int, answer: str) -> dict[str, list[int]]:
+        """The answer and its end, as they follow on the prompt: a value for each token in every field."""
+        ids = self._answer_ids(self.prompt(question, images), f"{self.opening}{answer.strip()}{self.end}")
+        other = {name: [self.answer_values.get(name, 0)] * len(ids) for name in TOKEN_FIELDS}
+        return {**other, "input_ids": ids}
 
     def encode_prompt(
         self, prompt: str, images: Sequence[Any], **options: Any
