@@ -70,7 +70,8 @@ def terminal(rows: Sequence[Row]) -> Table:
     titles = heads(rows)
     text = titles.index("accuracy")
     for i, title in enumerate(titles):
-        table.add_column(title, justify="left" if i < text else "right", no_wrap=True)
+        # On a narrow screen words go on in the next line; nothing is cut.
+        table.add_column(title, justify="left" if i < text else "right", overflow="fold")
     for line in lines(rows):
         table.add_row(*(escape(cell) for cell in line))
     return table

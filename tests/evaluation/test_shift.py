@@ -256,6 +256,9 @@ def test_tables_and_picture(count: int, tmp_path: Any) -> None:
         f"Accuracy{' of FT' if count == 2 else ''} against d vision over 4 sets: Pearson -1.00, Spearman -1.00." in text
     )
     assert ("- FT: a note" if count == 2 else "- a note") in text
+    narrow = Console(file=io.StringIO(), width=60)
+    print_report(rows, [], narrow)
+    assert "…" not in narrow.file.getvalue()  # type: ignore[attr-defined]
     console = Console(file=io.StringIO(), width=100)
     print_report(rows, ["seed 0"], console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
