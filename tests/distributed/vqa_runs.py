@@ -68,12 +68,32 @@ def run_vqa(config: Config) -> dict[str, Any]:
         here.sum_(loss)
         losses.append(float(loss) / ranks)
     report = vars(projector.report).copy()
+    kept: Any = projector._reference
+    references = {
+        spec.name: projector.backend.gather(layer, kept.slices_L[layer])
+        for layer, spec in enumerate(projector.backend.specs)
+        if "magnitude" in spec.name
+    }
+    strength = projector.strength()
     projector.detach()
     save_final(run, Path(config.run.folder) / "final", here)
     run.task.generation.eos_token_id = EARLY_ENDS  # type: ignore[union-attr]
     answers = generate_all(run, config, here)
+    inputs = prepared(run.engine, task.collate(samples[rank::ranks])).inputs
+    del inputs["labels"]
+    with run.engine.inference(), evaluation_mode(run.engine.model), torch.no_grad():
+        logits = run.engine.model(**inputs).logits
     state = run.engine.full_state_dict()
-    return {"weights": state if rank == 0 else {}, "answers": answers, "losses": losses, "report": report}
+    return {
+        "weights": state if rank == 0 else {},
+        "answers": answers,
+        "losses": losses,
+        "report": report,
+        "references": references,
+        "strength": strength,
+        "inputs": inputs,
+        "logits": logits,
+    }
 
 
 def generate_all(run: Any, config: Config, here: Place) -> dict[str, list[int]]:

@@ -16,7 +16,8 @@ from digrap_scale.models.families.base import IGNORED
 from digrap_scale.models.processors import load_processor
 from tests.models.tiny_vlm import MAKERS, save_tiny_vlm
 
-ENDS = {"llava": "</s>", "paligemma": "</s>", "idefics3": "<end_of_utterance>"}  # others: <|im_end|>
+# The token that ends an answer; of the others it is <|im_end|>.
+ENDS = {"llava": "</s>", "paligemma": "</s>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>"}
 
 
 @pytest.fixture(scope="module", params=MAKERS)

@@ -35,6 +35,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     SiglipImageProcessorPil,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
 )
 
 from digrap_scale.models.processors import _images_only
@@ -207,20 +211,30 @@ def qwen3_vl() -> tuple[PreTrainedModel, Any]:
     )
 
 
-def idefics3() -> tuple[PreTrainedModel, Any]:
+def _idefics(config_class: Any, model_class: Any, processor: Any, images: Any) -> tuple[PreTrainedModel, Any]:
     """Every image is cut into two by two tiles, with the whole in front."""
     tiles = [f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)]
     tok = tokenizer("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tiles)
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     template = IM_TEMPLATE.replace("IMAGE", "<image>").replace("<|im_end|>", "<end_of_utterance>")
-    processor = Idefics3Processor(images, tok, image_seq_len=4, chat_template=template)
-    config = Idefics3Config(
+    config = config_class(
         vision_config={**VISION, "patch_size": 4},
         text_config={"model_type": "llama", **text(tok)},
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )
-    return Idefics3ForConditionalGeneration(config), processor
+    parts = [images(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}), tok]
+    if "video_processor" in processor.get_attributes():
+        parts.append(None)
+    return model_class(config), processor(*parts, image_seq_len=4, chat_template=template)
+
+
+def idefics3() -> tuple[PreTrainedModel, Any]:
+    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessorPil)
+
+
+def smolvlm() -> tuple[PreTrainedModel, Any]:
+    processor = _images_only(SmolVLMProcessor)
+    return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration, processor, SmolVLMImageProcessorPil)
 
 
 MAKERS: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
@@ -230,6 +244,7 @@ MAKERS: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "idefics3": idefics3,
+    "smolvlm": smolvlm,
 }
 
 
@@ -251,7 +266,7 @@ def save_tiny_vlm(kind: str, folder: Path) -> Path:
     (folder / "chat_template.jinja").write_text(processor.chat_template)
     settings = {
         name: getattr(processor, name)
-        for name in ("num_image_tokens", "vision_feature_select_strategy")
+        for name in ("num_image_tokens", "vision_feature_select_strategy", "image_seq_len")
         if hasattr(processor, name)
     }
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": type(processor).__name__, **settings}))
