@@ -248,6 +248,26 @@ def _own_names(names: Sequence[str], path: Path) -> Iterable[Problem]:
         first.setdefault(name, index)
 
 
+def _suite_file(suite_file: str | None) -> Iterable[Problem]:
+    if suite_file is not None:  # `load_config` has put its test sets into `suite` by now
+        yield (
+            ("evaluation", "suite_file"),
+            f"expected nothing in a config that is built in Python, found {suite_file}; load it with load_config",
+        )
+
+
+def _shift_degree(shift_degree: Mapping[str, Any] | None, suite: Sequence[object], target: str) -> Iterable[Problem]:
+    if shift_degree is None:
+        return
+    if not suite:
+        yield ("evaluation", "shift_degree"), "expected nothing without evaluation.suite, found a section; remove it"
+    if target == "caption":
+        yield (
+            ("evaluation", "shift_degree"),
+            "expected nothing with data.target `caption`, found a section; it reads the training shards' labels",
+        )
+
+
 def _group_patterns(groups: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -285,6 +305,8 @@ CHECKS = (
     Check(("reference.placement", "reference.source", "reference.buffer_bytes"), _streamed),
     Check(("training.projection", "optimizer.name"), _projection),
     Check(("evaluation.suite",), _suite_names),
+    Check(("evaluation.suite_file",), _suite_file),
+    Check(("evaluation.shift_degree", "evaluation.suite", "data.target"), _shift_degree),
 )
 
 

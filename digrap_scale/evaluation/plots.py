@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from digrap_scale.evaluation.strength import StrengthHistory
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness. Grey first, for the starting point.
 COLOURS = ("#8c8c8c", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
 MARKERS = "oDsv^P*X"
+SHIFT_MARKERS = {"id": "o", "near": "s", "far": "^"}
 INK = "#222222"
 _MAX_TICKS = 24
 _LETTER_INCHES = 0.078  # of a 9 pt letter
@@ -28,7 +31,7 @@ class BarColumn(Protocol):
     @property
     def title(self) -> str: ...
     @property
-    def kind(self) -> str: ...
+    def label(self) -> str: ...
     @property
     def cells(self) -> list[tuple[float, float]]: ...
     @property
@@ -65,11 +68,11 @@ def bars(names: Sequence[str], columns: Sequence[BarColumn]) -> bytes:
     axes.set_ylim(0, min(104.0, max(1.0, 1.06 * top)))
     axes.set_ylabel("accuracy (%)")
     axes.set_xlim(centres[0] - 0.6, centres[-1] + 0.6)
-    longest = max(len(column.title) for column in shown)
+    longest = max(len(text) for column in shown for text in (column.title, column.label))
     slanted = longest * _LETTER_INCHES > inches / (len(shown) + 1)
     axes.set_xticks(
-        centres, [_bar_label(column) for column in shown], fontsize=9,
-        rotation=25 if slanted else 0, ha="right" if slanted else "center", rotation_mode="anchor" if slanted else None,
+        centres, [_bar_label(column, " " if slanted else "\n") for column in shown], fontsize=9,
+        rotation=30 if slanted else 0, ha="right" if slanted else "center", rotation_mode="anchor" if slanted else None,
     )  # fmt: skip
     if 0 < first_mean < len(shown):
         axes.axvline(
@@ -83,10 +86,8 @@ def bars(names: Sequence[str], columns: Sequence[BarColumn]) -> bytes:
     return _png(figure)
 
 
-def _bar_label(column: BarColumn) -> str:
-    if column.is_mean:
-        return column.title
-    return f"{column.title}\n({'ID' if column.kind == 'id' else column.kind})"
+def _bar_label(column: BarColumn, gap: str) -> str:
+    return f"{column.title}{gap}({column.label})" if column.label else column.title
 
 
 def scatter(names: Sequence[str], points: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> bytes:
@@ -108,6 +109,58 @@ def scatter(names: Sequence[str], points: Sequence[tuple[tuple[float, float], tu
     axes.set_ylabel("OOD mean accuracy (%)")
     _clean(axes, grid="both")
     figure.legend(loc="outside right upper", frameon=False)
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class ShiftPoints:
+    """A method's test sets: (name, shift, embedding → degree of shift, accuracy in [0, 1])."""
+
+    name: str
+    sets: Sequence[tuple[str, str, Mapping[str, float], float]]
+
+
+def shift_panels(parts: Sequence[str], methods: Sequence[ShiftPoints]) -> bytes:
+    """Accuracy against degree of shift, a panel an embedding; a colour a method, a marker a kind of shift.
+
+    Args:
+        parts: the embeddings.
+        methods: their points; a test set without a degree for an embedding is left out of its panel.
+    """
+    figure = Figure(figsize=(1.2 + 3.6 * len(parts), 3.9), layout="constrained")
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    for axes, part in zip(panels, parts, strict=True):
+        for i, method in enumerate(methods):
+            colour = COLOURS[(i + 1) % len(COLOURS)]
+            for name, shift, degrees, accuracy in method.sets:
+                if part not in degrees:
+                    continue
+                axes.plot(
+                    degrees[part], 100 * accuracy, marker=SHIFT_MARKERS[shift], markersize=7, color=colour,
+                    markeredgecolor=INK, markeredgewidth=0.6, linestyle="none",
+                )  # fmt: skip
+                if len(methods) == 1:
+                    axes.annotate(
+                        name, (degrees[part], 100 * accuracy), xytext=(0, 6), textcoords="offset points",
+                        fontsize=7, ha="center", color=INK,
+                    )  # fmt: skip
+        axes.margins(x=0.16, y=0.12)
+        axes.set_title(part, fontsize=10, color=INK)
+        axes.set_xlabel("Mahalanobis distance")
+        _clean(axes, grid="both")
+    panels[0].set_ylabel("accuracy (%)")
+    shifts = dict.fromkeys(shift for method in methods for _, shift, _, _ in method.sets)
+    marks = [
+        Line2D([], [], marker=SHIFT_MARKERS[shift], color=COLOURS[0], linestyle="none", markeredgecolor=INK,
+               markeredgewidth=0.6, label="ID" if shift == "id" else shift)
+        for shift in shifts
+    ]  # fmt: skip
+    if len(methods) > 1:
+        marks += [
+            Line2D([], [], marker="o", linestyle="none", color=COLOURS[(i + 1) % len(COLOURS)], label=method.name)
+            for i, method in enumerate(methods)
+        ]
+    figure.legend(handles=marks, loc="outside upper left", ncols=6, frameon=False, columnspacing=1.4)
     return _png(figure)
 
 

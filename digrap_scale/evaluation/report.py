@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from digrap_scale.errors import ConfigError, SaveError
-from digrap_scale.evaluation import plots
+from digrap_scale.evaluation import plots, shift_report
 from digrap_scale.evaluation.strength import StrengthHistory
 from digrap_scale.evaluation.suite import SuiteResult
 
@@ -41,6 +41,15 @@ class Column:
     kind: str
     cells: list[tuple[float, float]]
     is_mean: bool = False
+    modality: str = "none"
+
+    @property
+    def label(self) -> str:
+        """Shift and modality in a word or two; empty for a mean."""
+        if self.is_mean:
+            return ""
+        shift = "ID" if self.kind == "id" else self.kind
+        return shift if self.modality == "none" else f"{shift}, {self.modality}"
 
 
 def columns(rows: Sequence[ReportRow]) -> list[Column]:
@@ -56,11 +65,11 @@ def columns(rows: Sequence[ReportRow]) -> list[Column]:
         raise ConfigError(f"two rows of the report have one name among {names}; name them apart")
     first = rows[0].result.sets
     for row in rows[1:]:
-        here = {name: one.shift for name, one in row.result.sets.items()}
-        if here != {name: one.shift for name, one in first.items()}:
+        here = {name: (one.shift, one.modality) for name, one in row.result.sets.items()}
+        if here != {name: (one.shift, one.modality) for name, one in first.items()}:
             raise ConfigError(
                 f"{row.name} was measured on {', '.join(here)}, {rows[0].name} on {', '.join(first)}: "
-                "evaluate both on the same suite (names and shifts)"
+                "evaluate both on the same suite (names, shifts and modalities)"
             )
 
     def of_sets(*shifts: str) -> list[Column]:
@@ -69,6 +78,7 @@ def columns(rows: Sequence[ReportRow]) -> list[Column]:
                 name,
                 one.shift,
                 [(row.result.sets[name].accuracy, row.result.sets[name].standard_error) for row in rows],
+                modality=one.modality,
             )
             for name, one in first.items()
             if one.shift in shifts
@@ -94,7 +104,7 @@ def _cell(value: float, error: float) -> str:
 
 
 def _heading(column: Column) -> str:
-    return column.title if column.is_mean else f"{column.title} ({'ID' if column.kind == 'id' else column.kind})"
+    return f"{column.title} ({column.label})" if column.label else column.title
 
 
 def terminal_table(rows: Sequence[ReportRow], *, width: int = 120) -> Table:
@@ -147,7 +157,11 @@ def print_report(rows: Sequence[ReportRow], notes: Sequence[str] = (), console: 
         if not console.is_terminal:  # a file or a pipe: rich would guess 80 columns and cut names
             console = Console(width=_FILE_WIDTH)
     console.print(terminal_table(rows, width=console.width))
-    for note in notes:
+    told = [*notes, *_own_notes(rows)]
+    if shift_report.parts_of(rows):
+        console.print(shift_report.terminal(rows))
+        told += [shift_report.NOTE, *shift_report.correlations(rows)]
+    for note in told:
         console.print(f"· {note}", markup=False, highlight=False)
 
 
@@ -161,10 +175,16 @@ def markdown(rows: Sequence[ReportRow], notes: Sequence[str], pictures: Sequence
         name = _escape(f"{row.name} ({row.note})" if row.note else row.name)
         lines.append(f"| {name} | " + " | ".join(_cell(*column.cells[i]) for column in shown) + " |")
     lines += ["", f"- {ACCURACY_NOTE}", f"- Samples: {_samples(rows)}."]
-    lines += [f"- {note}" for note in notes]
+    lines += [f"- {note}" for note in [*notes, *_own_notes(rows)]]
+    lines += shift_report.markdown(rows)
     for picture in pictures:
         lines += ["", f"![{Path(picture).stem}]({picture})"]
     return "\n".join(lines) + "\n"
+
+
+def _own_notes(rows: Sequence[ReportRow]) -> list[str]:
+    """What the results have to say, by row where there are several."""
+    return [f"{row.name}: {note}" if len(rows) > 1 else note for row in rows for note in row.result.notes]
 
 
 def _samples(rows: Sequence[ReportRow]) -> str:
@@ -210,7 +230,7 @@ def write_report(
     strength: Mapping[str, StrengthHistory] | None = None,
     scatter: bool = False,
 ) -> list[Path]:
-    """Writes ``results.json``, ``results.md``, ``results.png`` and, given ω, ``strength.png``.
+    """Writes ``results.json``, ``results.md``, ``results.png``; given ω ``strength.png``, given degrees of shift ``shift.png``.
 
     Args:
         rows: one a method, in the table's order, all on the same test sets.
@@ -234,6 +254,8 @@ def write_report(
         files["strength.png"] = plots.strength_maps(histories)
     if scatter:
         files["scatter.png"] = plots.scatter(names, _points(rows))
+    if parts := shift_report.parts_of(rows):
+        files["shift.png"] = plots.shift_panels(parts, [_shift_points(row) for row in rows])
     files["results.md"] = markdown(rows, notes, pictures=list(files)).encode()
     files["results.json"] = to_json(rows, notes).encode()
     return [_write(Path(folder) / name, content) for name, content in files.items()]
@@ -253,6 +275,11 @@ def _points(rows: Sequence[ReportRow]) -> list[tuple[tuple[float, float], tuple[
             raise ConfigError("a picture of ID against OOD needs test sets of both kinds in evaluation.suite")
         points.append(((id_mean, id_error), (ood_mean, ood_error)))
     return points
+
+
+def _shift_points(row: ReportRow) -> plots.ShiftPoints:
+    sets = row.result.sets.items()
+    return plots.ShiftPoints(row.name, [(name, one.shift, one.shift_degree, one.accuracy) for name, one in sets])
 
 
 def _write(path: Path, content: bytes) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal, Protocol, cast
 
@@ -14,10 +14,12 @@ from torch import nn
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation import metrics
 from digrap_scale.evaluation.generated import Gather, Generate, GeneratingTask, ScoreSums, score_batch
+from digrap_scale.evaluation.shift import ShiftDegrees, pearson, spearman
 from digrap_scale.types import Batch
 
 Shift = Literal["id", "near", "far"]
 SHIFTS: tuple[Shift, ...] = ("id", "near", "far")
+Modality = Literal["none", "vision", "question", "answer", "multimodal", "adversarial", "other"]
 
 
 class EvaluationTask(Protocol):
@@ -42,6 +44,9 @@ class SetResult:
         samples: real samples, over all ranks.
         class_accuracy: class name (of answers: type of question) → accuracy on its samples; classes without samples are
             left out.
+        modality: what has shifted.
+        shift_degree: embedding (vision, question, joint) → mean Mahalanobis distance to the training set; empty where it
+            was not measured.
     """
 
     shift: Shift
@@ -49,13 +54,21 @@ class SetResult:
     standard_error: float
     samples: int
     class_accuracy: dict[str, float]
+    modality: Modality = "none"
+    shift_degree: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """All test sets, in the suite's order. Means are plain means over sets; None where there is no such set."""
+    """All test sets, in the suite's order. Means are plain means over sets; None where there is no such set.
+
+    Attributes:
+        sets: name → result.
+        notes: lines that a reader needs: what could not be measured, and why.
+    """
 
     sets: dict[str, SetResult]
+    notes: list[str] = field(default_factory=list)
 
     def mean(self, *shifts: Shift) -> float | None:
         """Plain mean of the accuracies of the sets with one of these shifts."""
@@ -84,14 +97,36 @@ class SuiteResult:
         """Mean over near and far sets alike."""
         return self.mean("near", "far")
 
+    def with_shift_degrees(self, degrees: ShiftDegrees) -> SuiteResult:
+        """The same with the degree of shift of each set."""
+        sets = {name: replace(one, shift_degree=degrees.of[name]) for name, one in self.sets.items()}
+        return SuiteResult(sets, [*self.notes, *degrees.notes])
+
+    @property
+    def shift_correlations(self) -> dict[str, dict[str, Any]]:
+        """Embedding → ``pearson`` and ``spearman`` of degree of shift and accuracy over the ``sets`` (their number) that
+        have both, ID ones included. None where there are too few sets or nothing varies."""
+        found = {}
+        for part in dict.fromkeys(part for one in self.sets.values() for part in one.shift_degree):
+            pairs = [(one.shift_degree[part], one.accuracy) for one in self.sets.values() if part in one.shift_degree]
+            degrees, accuracies = zip(*pairs, strict=True)
+            found[part] = {
+                "pearson": pearson(degrees, accuracies),
+                "spearman": spearman(degrees, accuracies),
+                "sets": len(pairs),
+            }
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: every set, and the means."""
+        """As JSON: every set, the means, and how accuracy goes with the degree of shift."""
         return {
             "sets": {name: dict(vars(one)) for name, one in self.sets.items()},
             "id_mean": self.id_mean,
             "near_mean": self.near_mean,
             "far_mean": self.far_mean,
             "ood_mean": self.ood_mean,
+            "shift_correlations": self.shift_correlations,
+            "notes": self.notes,
         }
 
     @classmethod
@@ -99,6 +134,7 @@ class SuiteResult:
         """Back from ``to_dict``; the means are computed anew. Raises: ConfigError where keys are missing."""
         try:
             sets = {name: SetResult(**one) for name, one in stored["sets"].items()}
+            notes = [str(note) for note in stored.get("notes", [])]
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a stored suite result ({type(error).__name__}: {error}); evaluate again") from error
         for name, one in sets.items():
@@ -106,7 +142,7 @@ class SuiteResult:
                 raise ConfigError(
                     f"stored test set {name}: shift is {one.shift!r}, expected one of {', '.join(SHIFTS)}"
                 )
-        return cls(sets)
+        return cls(sets, notes)
 
 
 def evaluate_suite(
@@ -119,6 +155,7 @@ def evaluate_suite(
     reduce_: Callable[[torch.Tensor], None] | None = None,
     generate: Generate | None = None,
     gather: Gather | None = None,
+    modalities: Mapping[str, Modality] | None = None,
 ) -> SuiteResult:
     """Accuracy on every test set, summed over ranks.
 
@@ -135,6 +172,7 @@ def evaluate_suite(
         reduce_: sums a tensor over all ranks, in place; None for one process.
         generate: the engine's generation, for a task that needs it.
         gather: every rank's value of an object, on every rank; None for one process.
+        modalities: test set → what has shifted in it; "none" where it says nothing.
 
     Raises:
         ConfigError: a set without shift, without labels, with labels out of range or without a single real sample.
@@ -149,7 +187,9 @@ def evaluate_suite(
     if problems:
         raise ConfigError(problems)
     if getattr(task, "generates", False):
-        return _evaluate_generated(model, cast(GeneratingTask, task), loaders, shifts, device, generate, gather)
+        return _evaluate_generated(
+            model, cast(GeneratingTask, task), loaders, shifts, modalities or {}, device, generate, gather
+        )
     counts_S2C = torch.zeros(len(loaders), 2, len(task.class_names), dtype=torch.int64, device=device)
     with evaluation_mode(model), torch.no_grad():  # not inference_mode: FSDP2's views outlive the block
         for counts_2C, (name, batches) in zip(counts_S2C, loaders.items(), strict=True):
@@ -168,7 +208,12 @@ def evaluate_suite(
             if all_
         }
         sets[name] = SetResult(
-            shifts[name], metrics.accuracy(right, samples), metrics.standard_error(right, samples), samples, by_class
+            shifts[name],
+            metrics.accuracy(right, samples),
+            metrics.standard_error(right, samples),
+            samples,
+            by_class,
+            (modalities or {}).get(name, "none"),
         )
     return SuiteResult(sets)
 
@@ -178,6 +223,7 @@ def _evaluate_generated(
     task: GeneratingTask,
     loaders: Mapping[str, Iterable[Batch]],
     shifts: Mapping[str, Shift],
+    modalities: Mapping[str, Modality],
     device: torch.device | str,
     generate: Generate | None,
     gather: Gather | None,
@@ -195,7 +241,7 @@ def _evaluate_generated(
         mean, error, samples = sums.of(name)
         if not samples:
             raise ConfigError(f"test set {name} has no sample; check its shards in evaluation.suite")
-        sets[name] = SetResult(shifts[name], mean, error, samples, sums.groups(name))
+        sets[name] = SetResult(shifts[name], mean, error, samples, sums.groups(name), modalities.get(name, "none"))
     return SuiteResult(sets)
 
 

@@ -30,6 +30,7 @@ from transformers import (
 from digrap_scale.config.schema import Config, ModelConfig
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.adapters import add_lora, original_name
+from digrap_scale.models.embeddings import build_embed
 from digrap_scale.models.families import Family, build_family
 from digrap_scale.models.families.encoders import classifier_config
 from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
@@ -326,7 +327,13 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
                 wrapped = add_lora(model, settings.lora)
     except ConfigError as error:
         return problems + error.problems
-    for check in (lambda: apply_freezing(wrapped, settings), lambda: build_groups(wrapped, config.optimizer)):
+    checks: list[Callable[[], object]] = [
+        lambda: apply_freezing(wrapped, settings),
+        lambda: build_groups(wrapped, config.optimizer),
+    ]
+    if config.evaluation.shift_degree is not None:
+        checks.append(lambda: build_embed(settings.task, wrapped))
+    for check in checks:
         try:
             check()
         except ConfigError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
-from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite
+from digrap_scale.evaluation.shift import ShiftDegrees, measure_shift
+from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite, evaluation_mode
+from digrap_scale.models.embeddings import build_embed
 from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.build_run import BuiltRun, build_run
 from digrap_scale.training.loop import prepared
@@ -48,35 +52,58 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
 def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
     """Every test set of the suite with the run's weights as they are; the result on every rank. Collective."""
     assert run.task is not None, "the schema asks for data.classes where there is a suite"
-    loaders = {
-        entry.name: _Prepared(
-            run.engine,
-            build_loader(
-                ShardSet.open(entry.shards),
-                run.task,
-                batch_samples=config.evaluation.batch_samples,
-                rank=here.rank,
-                world_size=here.world_size,
-                workers=config.data.workers,
-                seed=config.run.seed,
-                shuffle_buffer_samples=0,
-                train=False,
-            ),
-        )
-        for entry in config.evaluation.suite
-    }
+    loaders = {entry.name: _loader(run, config, here, ShardSet.open(entry.shards)) for entry in config.evaluation.suite}
     shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
     with run.engine.inference():
-        return evaluate_suite(
+        result = evaluate_suite(
             run.engine.model,
             run.task,
             loaders,
             shifts,
             device=here.device,
             reduce_=here.sum_,
+            modalities={entry.name: entry.modality for entry in config.evaluation.suite},
             generate=run.engine.generate,
             gather=here.gather,
         )
+        if config.evaluation.shift_degree is not None:
+            result = result.with_shift_degrees(_shift_degrees(run, config, here, loaders))
+    return result
+
+
+def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[str, Iterable[Batch]]) -> ShiftDegrees:
+    """How far each test set is from the training set, with the run's weights as they are. Collective."""
+    assert config.evaluation.shift_degree is not None
+    shards = ShardSet.open(config.data.train)
+    wanted = config.evaluation.shift_degree.train_samples
+    step = config.evaluation.batch_samples * here.world_size
+    training: Iterable[Batch]
+    if wanted is None or max(wanted, step) >= shards.samples:
+        training = _loader(run, config, here, shards)
+    else:  # whole batches, drawn as training draws them, at most one epoch
+        drawn = _loader(run, config, here, shards, drawn=True)
+        training = itertools.islice(drawn, min(math.ceil(wanted / step), shards.samples // step))
+    model = run.engine.model
+    with evaluation_mode(model):
+        embed = build_embed(config.model.task, run.engine.module)
+        return measure_shift(model, embed, training, loaders, device=here.device, reduce_=here.sum_)
+
+
+def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet, drawn: bool = False) -> _Prepared:
+    """Batches as evaluation takes them: each sample once in listed order, or ``drawn`` without end as in training."""
+    assert run.task is not None
+    loader = build_loader(
+        shards,
+        run.task,
+        batch_samples=config.evaluation.batch_samples,
+        rank=here.rank,
+        world_size=here.world_size,
+        workers=config.data.workers,
+        seed=config.run.seed,
+        shuffle_buffer_samples=config.data.shuffle_buffer_samples if drawn else 0,
+        train=drawn,
+    )
+    return _Prepared(run.engine, loader)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from digrap_scale.config.checks import CROSS_FIELD, cross_field_problems
 
 from .base import Section, check_regex
 from .data import DataConfig
-from .evaluation import EvaluationConfig, GenerationConfig, SuiteEntry
+from .evaluation import EvaluationConfig, GenerationConfig, ShiftDegreeConfig, SuiteEntry
 from .method import (
     DiGraPMethod,
     DiGraPUpdateMethod,
@@ -49,6 +49,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "ShardingConfig",
+    "ShiftDegreeConfig",
     "SuiteEntry",
     "TrainingConfig",
     "ZeroConfig",

@@ -15,6 +15,21 @@ class SuiteEntry(Section):
     name: Text = Field(description="Name in the table.")
     shards: list[Text] = Field(min_length=1, description="Shard files or patterns.")
     shift: Literal["id", "near", "far"] = Field(description="How far it is from the training data.")
+    modality: Literal["none", "vision", "question", "answer", "multimodal", "adversarial", "other"] = Field(
+        default="none", description="What has shifted; shown in the tables."
+    )
+
+
+class ShiftDegreeConfig(Section):
+    """How far each test set is from the training set: Mahalanobis distance of the model's own embeddings (docs/evaluation.md)."""
+
+    train_samples: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Training samples (at least so many, drawn by the run's seed) that mean and covariance are taken from; empty: "
+            "all, each once."
+        ),
+    )
 
 
 class GenerationConfig(Section):
@@ -28,6 +43,13 @@ class EvaluationConfig(Section):
     """ID/OOD test sets."""
 
     suite: list[SuiteEntry] = Field(default=[], description="Test sets, in the table's order.")
+    suite_file: Text | None = Field(
+        default=None,
+        description="YAML file with a key `suite`: more test sets, after those of `suite` (`configs/suites/`).",
+    )
+    shift_degree: ShiftDegreeConfig | None = Field(
+        default=None, description="Measure the degree of shift, too (`{}` for its defaults); empty: do not."
+    )
     generation: GenerationConfig | None = Field(
         default=None, description="vqa: how answers are generated; empty: its defaults."
     )

@@ -116,15 +116,16 @@ def text_field(sample: dict[str, Any], field: str, option: str) -> str:
 
 
 def texts_field(sample: dict[str, Any], field: str, option: str) -> list[str]:
-    """A list of texts of a sample's JSON, none of them blank.
+    """A list of texts of a sample's JSON. Some may be blank, not all: in benchmarks' files an annotator sometimes said nothing.
 
     Raises:
         ConfigError: it is missing, empty or something else; names shard, key, field and the option that chose the field.
     """
     value = sample["meta"].get(field)
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one.strip() for one in value):
+    texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if not texts or not any(one.strip() for one in value):
         raise _unfit(sample, field, option, "a list of one or more texts")
-    return value
+    return list(value)
 
 
 def _unfit(sample: dict[str, Any], field: str, option: str, expected: str) -> ConfigError:

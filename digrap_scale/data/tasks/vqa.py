@@ -144,7 +144,8 @@ class VqaTask(Task):
         return str(meta.get("question_type") or meta.get("answer_type") or "")
 
     def target(self, sample: dict[str, Any], answers: Sequence[str]) -> str:
-        """The answer that is trained on."""
+        """The answer that is trained on; never a blank one."""
+        answers = [answer for answer in answers if answer.strip()]
         if self.answer_choice == "random":
             return random.Random(f"answer/{sample['seed']}").choice(answers)
         return Counter(answers).most_common(1)[0][0]

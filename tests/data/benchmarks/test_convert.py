@@ -1,0 +1,232 @@
+"""Each converter on small files in its benchmark's official format: samples, bytes, and what it says of bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from digrap_scale.data.benchmarks.build import BENCHMARKS
+from digrap_scale.data.classes import load_classes
+from digrap_scale.data.reading import samples_of
+from digrap_scale.data.shards import ShardSet
+from digrap_scale.data.splitting import Span
+
+from .files import IMAGE, WRITERS, Files, picture
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+
+from convert_vqa import main  # noqa: E402
+
+TEN = ["dog"] * 10
+EXPECTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "vqav2": [
+        ("262284000", {"question": "What is it?", "question_id": 262284000, "answers": TEN, "question_type": "what",
+                       "answer_type": "other"}),
+        ("262284001", {"question": "Is it red?", "question_id": 262284001, "answers": ["yes"] * 9 + [""],
+                       "question_type": "is it", "answer_type": "yes/no"}),
+        ("9000", {"question": "How many?", "question_id": 9000, "answers": ["2"] * 9 + ["two"],
+                  "question_type": "how many", "answer_type": "number"}),
+    ],
+    "iv-vqa": [
+        (f"262284004-{image}", {"question": "How many zebras are there?", "question_id": 262284004,
+                                "answers": [count] * 10, "question_type": "what", "answer_type": "other",
+                                "image_id": image})
+        for image, count in (("000000262284_000000000018", "1"), ("000000262284_000000000044", "1"), (IMAGE, "2"))
+    ],
+    "vqa-rephrasings": [
+        (f"262284000{i}", {"question": f"Say what it is ({i})", "question_id": 2622840000 + i, "answers": TEN,
+                           "question_type": "what", "answer_type": "other", "rephrasing_of": 262284000})
+        for i in range(3)
+    ],
+    "vqa-cp-v2": [
+        (str(i), {"question": "What?", "question_id": i, "answers": TEN, "question_type": "what",
+                  "answer_type": "other"})
+        for i in (1, 2)
+    ],
+    "advqa": [
+        (str(i), {"question": text, "question_id": i, "answers": ["stop"] * 10, "answer_type": "other"})
+        for i, text in ((5, "What is on the sign?"), (6, "Where is it?"))
+    ],
+    "textvqa": [
+        ("34602", {"question": "what brand is this?", "question_id": 34602,
+                   "answers": ["nokia"] * 9 + ["answering does not require reading text in the image"]}),
+    ],
+    "vizwiz": [
+        ("VizWiz_val_00000000", {"question": "Ok. There is another picture I hope it is a better one.",
+                                 "question_id": "VizWiz_val_00000000", "answers": ["unanswerable"] * 10,
+                                 "answer_type": "unanswerable", "answerable": 0}),
+    ],
+    "ok-vqa": [
+        ("2622840", {"question": "What sport is it used for?", "question_id": 2622840, "answers": ["race"] * 10,
+                     "question_type": "Vehicles and Transportation", "answer_type": "other"}),
+    ],
+    "domainnet": [
+        ("real_001_000001", {"label": "aircraft_carrier", "domain": "real", "class_index": 0}),
+        ("real_002_000024", {"label": "airplane", "domain": "real", "class_index": 1}),
+    ],
+}  # fmt: skip
+EXPECTED["cv-vqa"] = EXPECTED["iv-vqa"]
+EXPECTED["vqa-rephrasings-og"] = [EXPECTED["vqav2"][0], *EXPECTED["vqa-rephrasings"]]
+EXPECTED["vqa-ce"] = [EXPECTED["vqav2"][0], EXPECTED["vqav2"][2]]
+
+
+def run(name: str, files: Files, *options: str) -> tuple[int, Path]:
+    out = files.folder / "out"
+    return main([name, *files.arguments, "--out", str(out), *options]), out
+
+
+def read(out: Path, pattern: str = "*.tar") -> list[tuple[str, dict[str, Any], Image.Image]]:
+    shards = ShardSet.open([str(out / pattern)])
+    spans = [Span(i, 0, count) for i, count in enumerate(shards.counts)]
+    return [(one["key"], one["meta"], one["image"]) for one in samples_of(spans, shards.paths)]
+
+
+def test_every_benchmark_is_tested() -> None:
+    assert set(BENCHMARKS) == set(EXPECTED) == set(WRITERS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_samples(name: str, tmp_path: Path) -> None:
+    code, out = run(name, WRITERS[name](tmp_path / "a"), "--samples-per-shard", "2")
+    assert code == 0
+    assert [(key, meta) for key, meta, _ in read(out)] == EXPECTED[name]
+    _, again = run(name, WRITERS[name](tmp_path / "b"), "--samples-per-shard", "2")
+    files = sorted(path.name for path in out.iterdir())
+    assert files == sorted(path.name for path in again.iterdir())
+    assert all((out / file).read_bytes() == (again / file).read_bytes() for file in files), "not deterministic"
+
+
+def test_images_belong_to_their_questions(tmp_path: Path) -> None:
+    _, out = run("vqav2", WRITERS["vqav2"](tmp_path), "--prefix", "val")
+    assert [path.name for path in sorted(out.iterdir())] == ["val-000000.tar", "val.manifest.json"]
+    colours = [image.getpixel((5, 5)) for _, _, image in read(out)]
+    assert [max(range(3), key=lambda i: colour[i]) for colour in colours] == [0, 0, 2]  # type: ignore[index]
+
+
+def test_large_images_are_shrunk(tmp_path: Path) -> None:
+    files = WRITERS["vizwiz"](tmp_path)
+    _, out = run("vizwiz", files, "--longest-side", "20")
+    assert read(out)[0][2].size == (20, 15)
+    before = (out / "vizwiz-000000.tar").read_bytes()
+    run("vizwiz", files, "--longest-side", "20")
+    assert (out / "vizwiz-000000.tar").read_bytes() == before
+
+
+def change(files: Files, file: str, edit: Any) -> None:
+    path = files.folder / file
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+Q, A = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+# benchmark, what is done to its files, what the one line says, samples that are left with --skip (None: no file at all)
+BAD: list[tuple[str, Any, str, int | None]] = [
+    ("vqav2", lambda f: (f.folder / "images/val2014/COCO_val2014_000000000009.jpg").unlink(),
+     f"{Q}: question_id 9000: no image val2014/COCO_val2014_000000000009.jpg or COCO_val2014_000000000009.jpg in", 2),
+    ("vqav2", lambda f: f.image("val2014/COCO_val2014_000000000009.jpg", picture("red")[:-300]),
+     "COCO_val2014_000000000009.jpg: the image cannot be decoded", 2),
+    ("vqav2", lambda f: change(f, A, lambda d: d["annotations"].pop()),
+     f"{Q}: question_id 262284001: has no annotation in", 2),
+    ("vqav2", lambda f: change(f, Q, lambda d: d["questions"].pop(0)),
+     f"{A}: question_id 262284000 is not in", 2),
+    ("vqav2", lambda f: change(f, A, lambda d: d["annotations"][0].update(image_id=1)),
+     f"{Q}: question_id 9000: image_id is 9, but 1 in", 2),
+    ("vqav2", lambda f: change(f, A, lambda d: d["annotations"][0].update(answers=[])),
+     f"{Q}: question_id 9000: answers: expected a list that is not empty, found []", 2),
+    ("vqav2", lambda f: change(f, Q, lambda d: d["questions"][2].update(question=3)),
+     f"{Q}: question_id 9000: question: expected str, found 3", 2),
+    ("vqav2", lambda f: change(f, Q, lambda d: d["questions"].append(d["questions"][0])),
+     f"{Q}: question_id 262284000 comes twice", None),
+    ("vqav2", lambda f: change(f, Q, lambda d: d["questions"][0].pop("question_id")),
+     f"{Q}: record 0: question_id: expected int or str, found None", None),
+    ("vqav2", lambda f: change(f, Q, lambda d: d.pop("data_subtype")),
+     f"{Q}: data_subtype: expected one of train2014, val2014, found None", None),
+    ("vqav2", lambda f: change(f, A, lambda d: d.pop("annotations")),
+     f"{A}: expected an object with the key 'annotations', found keys info, license", None),
+    ("vqav2", lambda f: (f.folder / A).write_text("[]"),
+     f"{A}: expected an object with the key 'annotations', found a list", None),
+    ("vqav2", lambda f: (f.folder / A).write_text("{"), f"{A}: not JSON", None),
+    ("vqav2", lambda f: (f.folder / A).unlink(), f"{A}: cannot be read: No such file", None),
+    ("vqa-cp-v2", lambda f: change(f, "vqacp_v2_test_questions.json", lambda d: d[1].update(coco_split="test2015")),
+     "vqacp_v2_test_questions.json: question_id 2: coco_split: expected one of train2014, val2014, found 'test2015'", 1),
+    ("iv-vqa", lambda f: change(f, Q, lambda d: d["questions"][0].update(image_id="../../secret")),
+     "has no annotation in", 2),
+    ("vqa-ce", lambda f: change(f, "counterexamples.json", lambda d: d.append(77)),
+     "counterexamples.json: question id 77 is not in", 2),
+    ("vqa-ce", lambda f: (f.folder / "counterexamples.json").write_text('{"a": 1}'),
+     "counterexamples.json: expected a list of question ids", None),
+    ("textvqa", lambda f: change(f, "TextVQA_0.5.1_val.json", lambda d: d["data"][0].pop("answers")),
+     "TextVQA_0.5.1_val.json: question_id 34602: answers: expected a list that is not empty, found None", None),
+    ("vizwiz", lambda f: change(f, "val.json", lambda d: d[0].update(image="../../secret.jpg")),
+     "val.json: image '../../secret.jpg': image 'val/../../secret.jpg' does not stay in the folder of images", None),
+    ("vizwiz", lambda f: change(f, "val.json", lambda d: d.append(3)),
+     "val.json: the file: expected a list of objects", None),
+    ("domainnet", lambda f: (f.folder / "real_test.txt").write_text("real/airplane/real_002_000024.jpg 1\nx y\n"),
+     "real_test.txt:2: expected `domain/class/image number`, found 'x y'", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spoil", "message", "left"), BAD)
+def test_bad_input(
+    name: str, spoil: Any, message: str, left: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = WRITERS[name](tmp_path)
+    spoil(files)
+    code, out = run(name, files)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert not out.exists() or not list(out.iterdir()), "half a set was left"
+    code, out = run(name, files, "--skip")
+    printed = capsys.readouterr()
+    if left is None:
+        assert code == 2 and len(printed.err.strip().splitlines()) == 1
+        return
+    assert code == 0 and f"{left} samples" in printed.out and "skipped: " in printed.out and message in printed.out
+    assert len(read(out)) == left
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vqa-ce", [], "subset: this benchmark needs a file for it; give --subset FILE"),
+        ("vqav2", ["--images", "/nowhere"], "images: /nowhere is not a folder"),
+        ("vqav2", ["--classes-out", "c.json"], "--classes-out: only domainnet has classes"),
+        ("vqav2", ["--longest-side", "0"], "--longest-side: expected 1 or more, found 0"),
+        ("vqav2", ["--samples-per-shard", "0"], "samples_per_shard 0"),
+    ],
+)
+def test_bad_options(
+    name: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run(name, WRITERS["vqav2"](tmp_path), *options)
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_classes_of_domainnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = WRITERS["domainnet"](tmp_path)
+    file = tmp_path / "classes.json"
+    assert run("domainnet", files, "--classes-out", str(file))[0] == 0
+    classes = load_classes(file)
+    assert classes.names == ("aircraft_carrier", "airplane")
+    assert classes.prompts == ("a photo of a aircraft carrier.", "a photo of a airplane.")
+    (tmp_path / "real_test.txt").write_text("real/airplane/real_002_000024.jpg 1\n")
+    capsys.readouterr()
+    assert run("domainnet", files, "--classes-out", str(file))[0] == 2
+    assert "class 0 has no image" in capsys.readouterr().err
+
+
+def test_a_png_under_a_jpg_name_is_stored_as_png(tmp_path: Path) -> None:
+    import tarfile
+
+    _, out = run("textvqa", WRITERS["textvqa"](tmp_path))
+    with tarfile.open(out / "textvqa-000000.tar") as tar:
+        assert sorted(tar.getnames()) == ["34602.json", "34602.png"]
+        stored = tar.extractfile("34602.png")
+        assert stored is not None and Image.open(io.BytesIO(stored.read())).format == "PNG"

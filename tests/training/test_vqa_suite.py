@@ -1,0 +1,116 @@
+"""From benchmarks' own files to the near/far-OOD table with degrees of shift: converter, suite file, one command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from digrap_scale.cli import main
+from tests.data.benchmarks.files import Files, annotation, picture, question
+from tests.models.tiny_vlm import save_tiny_vlm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from convert_vqa import main as convert  # noqa: E402
+
+COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
+SETS = {"train": "what is this ?", "val": "what is this ?", "reworded": "what colour in the picture ?"}
+
+
+def vqa_shards(folder: Path, name: str, text: str) -> None:
+    files = Files(folder / name)
+    asked = [question(i, f"{text} {colour}", i) for i, colour in enumerate(COLOURS)]
+    told = [annotation(i, [colour] * 10, i) for i, colour in enumerate(COLOURS)]
+    files.write("questions", "q.json", {"data_subtype": "val2014", "questions": asked})
+    files.write("annotations", "a.json", {"annotations": told})
+    for i, colour in enumerate(COLOURS):
+        files.image(f"COCO_val2014_{i:012d}.jpg", picture(colour))
+    assert convert(["vqav2", *files.arguments, "--out", str(folder), "--prefix", name]) == 0
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    for name, text in SETS.items():
+        vqa_shards(tmp_path, name, text)
+    suite = [
+        {"name": "val", "shards": [str(tmp_path / "val-*.tar")], "shift": "id"},
+        {"name": "reworded", "shards": [str(tmp_path / "reworded-*.tar")], "shift": "near", "modality": "question"},
+        {"name": "again", "shards": [str(tmp_path / "reworded-*.tar")], "shift": "far", "modality": "other"},
+    ]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"suite": suite}))
+    return {
+        "run": {"folder": str(tmp_path / "run")},
+        "model": {"path": str(save_tiny_vlm("llava", tmp_path / "model")), "task": "vqa"},
+        "data": {"train": [str(tmp_path / "train-*.tar")]},
+        "method": {"name": "none"},
+        "optimizer": {"learning_rate": 1e-3},
+        "sharding": {"backend": "single"},
+        "training": {"steps": 1, "global_batch_samples": 2},
+        "evaluation": {
+            "suite_file": str(tmp_path / "suite.yaml"),
+            "shift_degree": {},
+            "batch_samples": 4,
+            "generation": {"max_new_tokens": 2},
+        },
+    }
+
+
+def test_one_command(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["validate", str(file)]) == 0
+    assert main(["evaluate", str(file)]) == 0, capsys.readouterr().err
+    folder = tmp_path / "run" / "evaluation"
+    result = json.loads((folder / "results.json").read_text())["rows"][0]["result"]
+    sets = result["sets"]
+    assert [(name, one["shift"], one["modality"]) for name, one in sets.items()] == [
+        ("val", "id", "none"),
+        ("reworded", "near", "question"),
+        ("again", "far", "other"),
+    ]
+    assert all(set(one["shift_degree"]) == {"vision", "question", "joint"} for one in sets.values())
+    val, reworded = sets["val"]["shift_degree"], sets["reworded"]["shift_degree"]
+    assert reworded["vision"] == pytest.approx(val["vision"], rel=1e-4), "the images are the same"
+    assert reworded["question"] > 1.2 * val["question"]
+    assert set(result["shift_correlations"]) == {"vision", "question", "joint"}
+    assert "d question" in (folder / "results.md").read_text() and (folder / "shift.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["evaluation.suite_file=", "evaluation.suite=[]"],
+            "evaluation.shift_degree: expected nothing without evaluation.suite",
+        ),
+        (["data.target=caption", "model.task=contrastive"], "it reads the training shards' labels"),
+        (["evaluation.shift_degree.train_sample=3"], "did you mean `train_samples`?"),
+    ],
+)
+def test_combinations_that_cannot_be(
+    overrides: list[str], message: str, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del values["evaluation"]["generation"]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["validate", str(file), *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_some_training_samples_are_enough(values: dict[str, Any], tmp_path: Path) -> None:
+    """A part of the training set, drawn by the seed: whole batches, none twice."""
+    values["evaluation"] |= {"shift_degree": {"train_samples": 3}, "batch_samples": 2}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["evaluate", str(file)]) == 0
+    first = json.loads((tmp_path / "run/evaluation/results.json").read_text())
+    assert main(["evaluate", str(file)]) == 0
+    assert json.loads((tmp_path / "run/evaluation/results.json").read_text()) == first
+    assert main(["evaluate", str(file), "evaluation.shift_degree.train_samples=6"]) == 0
+    whole = json.loads((tmp_path / "run/evaluation/results.json").read_text())
+    assert whole["rows"][0]["result"]["sets"] != first["rows"][0]["result"]["sets"]
