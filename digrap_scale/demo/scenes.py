@@ -38,7 +38,7 @@ NOUNS = {
 }
 
 # Question type → wordings. "standard" are asked in fine-tuning and in the ID set; "varied" in pre-training only;
-# "reworded" nowhere but in the sets that shift the question. Every word of "reworded" is in one of the others.
+# "reworded" nowhere but in the sets that shift the question. Every word of "reworded" is in one of the others, but for *shown*.
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "standard": {
         "what": ("what is in the {cell}?",),
@@ -104,7 +104,7 @@ def draw_scene(rng: random.Random, concepts: Mapping[str, Sequence[str]]) -> Sce
         concepts: class → its concepts, at least four classes with four each, or fewer pictograms come out.
     """
     count = rng.randint(1, len(CELLS))
-    classes = rng.sample(sorted(concepts), rng.randint(1, count))
+    classes = rng.sample(sorted(concepts), min(rng.randint(1, count), len(concepts)))
     chosen = list(classes) + [rng.choice(classes) for _ in range(count - len(classes))]
     drawn: list[str] = []
     for name in chosen:
