@@ -176,6 +176,14 @@ def _suite_names(suite: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
         first.setdefault(name, index)
 
 
+def _suite_file(suite_file: str | None) -> Iterable[Problem]:
+    if suite_file is not None:  # `load_config` has put its test sets into `suite` by now
+        yield (
+            ("evaluation", "suite_file"),
+            f"expected nothing in a config that is built in Python, found {suite_file}; load it with load_config",
+        )
+
+
 def _group_patterns(groups: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
     first: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -205,6 +213,7 @@ CHECKS = (
     Check(("reference.placement", "reference.source", "reference.buffer_bytes"), _streamed),
     Check(("training.projection", "optimizer.name"), _projection),
     Check(("evaluation.suite",), _suite_names),
+    Check(("evaluation.suite_file",), _suite_file),
 )
 
 

@@ -1,7 +1,8 @@
 """Read a config: strict YAML, overrides, and every error at once, one line each.
 
 A line reads ``FILE:LINE: section.key: expected …, found …``; for a value given on the command line, the override's text
-stands in place of the file and line. Paths are dotted, list items by index: ``evaluation.suite.0.name``.
+stands in place of the file and line. Paths are dotted, list items by index: ``evaluation.suite.0.name``. A line about a
+suite file names that file; its test sets count on from those that the config lists itself.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -20,13 +19,12 @@ from ..errors import ConfigError
 from . import strict_yaml
 from .checks import CROSS_FIELD, Path, cross_field_problems
 from .describe import describe, homes, is_section, known_keys, members, nearest, type_at, typed, variants
+from .raw import MAX_SHOWN, Origin, Raw, dotted, one_line, read_text
 from .schema import Config
 from .strict_yaml import YamlError
+from .suite_file import merge_suite_file
 
-MAX_BYTES = 4 * strict_yaml.MAX_CHARACTERS
-MAX_PROBLEMS = 50
 MAX_KEY = 1000  # characters of an override's left side
-MAX_SHOWN = 80  # characters of a value or an override in a message
 
 _NUMBER_LIKE = re.compile(r"[-+]?[0-9][0-9_:.xobA-Fa-f+-]*\Z")
 
@@ -44,7 +42,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ConfigError: with a line for each problem.
     """
     name = one_line(os.fsdecode(path))
-    return parse_config(_read_text(path, name), name, overrides)
+    return parse_config(read_text(path, name), name, overrides)
 
 
 def parse_config(text: str, source: str = "config", overrides: Sequence[str] = ()) -> Config:
@@ -58,10 +56,11 @@ def parse_config(text: str, source: str = "config", overrides: Sequence[str] = (
         raise ConfigError(f"{source}:1: expected the sections {sections}, found an empty file")
     if not isinstance(document.data, dict):
         raise ConfigError(f"{source}:1: expected a mapping of the sections {sections}, found {_kind(document.data)}")
-    raw = _Raw(source, document.data)
+    raw = Raw(source, document.data)
     raw.take(document, (), None)
     for index, override in enumerate(overrides):
-        _apply(raw, _Origin(index, override))
+        _apply(raw, Origin(index, override))
+    merge_suite_file(raw)
     try:
         config: Config | None = Config.model_validate(raw.data)
     except ValidationError as error:
@@ -77,92 +76,7 @@ def dump_config(config: Config) -> str:
     return strict_yaml.dump(config.model_dump())
 
 
-def one_line(text: str, limit: int | None = None) -> str:
-    """``text`` fit for one line of a message: control characters escaped, cut after ``limit`` characters."""
-    cut = text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
-        for character in cut
-    )
-
-
-def _read_text(path: str | os.PathLike[str], name: str) -> str:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a folder, or a pipe that nobody may ever write to
-            raise ConfigError(
-                f"{name}: expected a config file, found a {'folder' if os.path.isdir(path) else 'device'}"
-            )
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{name}: expected a config file, found no such file") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{name}: expected a readable config file, found: {reason}") from None
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{name}: expected a config of at most {MAX_BYTES} bytes, found a larger file")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}:{line}: expected UTF-8 text, found the byte {content[error.start]:#04x}") from None
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a value was written: a line of the file, or an override (its index among them, and its text)."""
-
-    line: int
-    override: str | None = None
-
-
-@dataclass
-class _Raw:
-    """The config before validation: plain values, where each was written, and the problems so far."""
-
-    source: str
-    data: dict[str, Any]
-    origins: dict[Path, _Origin] = field(default_factory=dict)
-    texts: dict[Path, str] = field(default_factory=dict)
-    refused: set[Path] = field(default_factory=set)
-    problems: list[tuple[_Origin, str]] = field(default_factory=list)
-
-    def take(self, document: strict_yaml.Document, at: Path, override: _Origin | None) -> None:
-        """Note where the values of ``document``, now at path ``at``, were written; forget what was there before."""
-        for table in (self.origins, self.texts):
-            for path in [path for path in table if path[: len(at)] == at]:
-                del table[path]
-        self.refused = {path for path in self.refused if path[: len(at)] != at}
-        self.origins |= {at + path: override or _Origin(line) for path, line in document.lines.items()}
-        self.texts |= {at + path: text for path, text in document.texts.items()}
-        self.refused |= {at + path for path in document.refused}
-        for line, path, message in document.problems:
-            self.problems.append((override or _Origin(line), f"{_dotted(at + path)}: {message}"))
-
-    def complain(self, path: Path, message: str) -> None:
-        """Add a problem, at the place where ``path``, or else what should hold it, was written."""
-        origin = next(
-            (self.origins[path[:length]] for length in range(len(path), -1, -1) if path[:length] in self.origins),
-            _Origin(1),
-        )
-        self.problems.append((origin, message))
-
-    def report(self) -> list[str]:
-        """Lines of all problems: the file's in its order, then the overrides' in theirs."""
-        ordered = sorted(self.problems, key=lambda problem: (problem[0].override is not None, problem[0].line))
-        lines = []
-        for origin, message in ordered:
-            place = f"{self.source}:{origin.line}"
-            if origin.override is not None:
-                place = f"override `{one_line(origin.override, MAX_SHOWN)}`"
-            lines.append(f"{place}: {one_line(message)}")
-        lines = list(dict.fromkeys(lines))
-        if len(lines) > MAX_PROBLEMS:
-            lines[MAX_PROBLEMS:] = [f"{self.source}: … and {len(lines) - MAX_PROBLEMS} more problems"]
-        return lines
-
-
-def _apply(raw: _Raw, origin: _Origin) -> None:
+def _apply(raw: Raw, origin: Origin) -> None:
     """Set what one ``section.key=value`` says in ``raw``, or note why it cannot be."""
     key, equals, text = (origin.override or "").partition("=")
     parts = key.strip().split(".")
@@ -183,12 +97,12 @@ def _apply(raw: _Raw, origin: _Origin) -> None:
         step: str | int = part
         if isinstance(current, list):
             if not (part.isascii() and part.isdigit() and len(part) < 7 and int(part) < len(current)):
-                message = f"{_dotted(path)}: expected an index below {len(current)}, found `{part}`"
+                message = f"{dotted(path)}: expected an index below {len(current)}, found `{part}`"
                 raw.problems.append((origin, message))
                 return
             step = int(part)
         elif not isinstance(current, dict):
-            message = f"{_dotted(path)}: expected a mapping of keys, found {_found(path, current, raw)}"
+            message = f"{dotted(path)}: expected a mapping of keys, found {_found(path, current, raw)}"
             raw.problems.append((origin, message))
             return
         path = (*path, step)
@@ -203,7 +117,7 @@ def _apply(raw: _Raw, origin: _Origin) -> None:
     raw.origins.setdefault(path, origin)
 
 
-def _explain(error: ValidationError, raw: _Raw) -> None:
+def _explain(error: ValidationError, raw: Raw) -> None:
     """Put pydantic's errors, and the rules over several keys, into ``raw.problems``."""
     broken: set[Path] = {*raw.refused}
     unknown: list[Path] = []
@@ -235,14 +149,14 @@ def _explain(error: ValidationError, raw: _Raw) -> None:
         if path not in meant:
             raw.complain(path, _missing(path, raw.data))
     for path, reason in keys.items():
-        raw.complain(path, f"{_dotted(path[:-1])}: expected a regex as key, found text `{path[-1]}` ({reason})")
+        raw.complain(path, f"{dotted(path[:-1])}: expected a regex as key, found text `{path[-1]}` ({reason})")
     for path, reason in wrong.items():
         # A union complains once for each member: the one that got deeper knows best.
         if not any(len(other) > len(path) and other[: len(path)] == path for other in wrong):
             named = path == ("method",) and isinstance(raw.data["method"], dict) and "name" in raw.data["method"]
             raw.complain(("method", "name") if named else path, _wrong(path, reason, raw))
     for path, message in cross_field_problems(_with_defaults(raw.data), broken | meant):
-        raw.complain(path, f"{_dotted(path)}: {message}")
+        raw.complain(path, f"{dotted(path)}: {message}")
 
 
 def _real_path(loc: Iterable[str | int], data: Any, missing: bool) -> Path:
@@ -268,7 +182,7 @@ def _unknown(path: Path, data: Any) -> tuple[str, str | None]:
     key = str(path[-1])
     known, owner = known_keys(path[:-1], data)
     what = "section" if len(path) == 1 else "key"
-    message = f"unknown {what} `{_dotted(path)}`" + (f" for {owner}" if owner else "")
+    message = f"unknown {what} `{dotted(path)}`" + (f" for {owner}" if owner else "")
     near = nearest(key, known)
     if near:
         return f"{message}; did you mean `{near}`?", near
@@ -286,10 +200,10 @@ def _missing(path: Path, data: Any) -> str:
         content = f"name ({', '.join(names)})" if names else ", ".join(keys)
         return f"{path[0]}: expected a section with {content}, found nothing"
     expected = describe(annotation, metadata) if annotation is not None else "a value"
-    return f"{_dotted(path)}: expected {expected}, found nothing"
+    return f"{dotted(path)}: expected {expected}, found nothing"
 
 
-def _wrong(path: Path, reason: str, raw: _Raw) -> str:
+def _wrong(path: Path, reason: str, raw: Raw) -> str:
     value = raw.data
     for part in path:
         value = value[part]  # type: ignore[index]
@@ -301,8 +215,8 @@ def _wrong(path: Path, reason: str, raw: _Raw) -> str:
             return f"method.name: expected {describe(annotation)}, found nothing"
         value = value["name"]
     if reason and isinstance(value, dict):
-        return f"{_dotted(path)}: {reason}"
-    message = f"{_dotted(path)}: expected {describe(annotation, metadata)}, found {_found(path, value, raw)}"
+        return f"{dotted(path)}: {reason}"
+    message = f"{dotted(path)}: expected {describe(annotation, metadata)}, found {_found(path, value, raw)}"
     return message + (f" ({reason})" if reason else _hint(annotation, value))
 
 
@@ -331,7 +245,7 @@ def _hint(annotation: Any, value: Any) -> str:
     return ""
 
 
-def _found(path: Path, value: Any, raw: _Raw) -> str:
+def _found(path: Path, value: Any, raw: Raw) -> str:
     """A value as the user wrote it."""
     if isinstance(value, dict | list):
         return _kind(value)
@@ -345,10 +259,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict | list):
         return ("a" if value else "an empty") + (" mapping" if isinstance(value, dict) else " list")
     return f"`{one_line(str(value), MAX_SHOWN)}`"
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(str(part) for part in path) or "config"
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class BarColumn(Protocol):
     @property
     def title(self) -> str: ...
     @property
-    def kind(self) -> str: ...
+    def label(self) -> str: ...
     @property
     def cells(self) -> list[tuple[float, float]]: ...
     @property
@@ -84,9 +84,7 @@ def bars(names: Sequence[str], columns: Sequence[BarColumn]) -> bytes:
 
 
 def _bar_label(column: BarColumn) -> str:
-    if column.is_mean:
-        return column.title
-    return f"{column.title}\n({'ID' if column.kind == 'id' else column.kind})"
+    return f"{column.title}\n({column.label})" if column.label else column.title
 
 
 def scatter(names: Sequence[str], points: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> bytes:

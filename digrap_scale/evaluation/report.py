@@ -41,6 +41,15 @@ class Column:
     kind: str
     cells: list[tuple[float, float]]
     is_mean: bool = False
+    modality: str = "none"
+
+    @property
+    def label(self) -> str:
+        """Shift and modality in a word or two; empty for a mean."""
+        if self.is_mean:
+            return ""
+        shift = "ID" if self.kind == "id" else self.kind
+        return shift if self.modality == "none" else f"{shift}, {self.modality}"
 
 
 def columns(rows: Sequence[ReportRow]) -> list[Column]:
@@ -56,11 +65,11 @@ def columns(rows: Sequence[ReportRow]) -> list[Column]:
         raise ConfigError(f"two rows of the report have one name among {names}; name them apart")
     first = rows[0].result.sets
     for row in rows[1:]:
-        here = {name: one.shift for name, one in row.result.sets.items()}
-        if here != {name: one.shift for name, one in first.items()}:
+        here = {name: (one.shift, one.modality) for name, one in row.result.sets.items()}
+        if here != {name: (one.shift, one.modality) for name, one in first.items()}:
             raise ConfigError(
                 f"{row.name} was measured on {', '.join(here)}, {rows[0].name} on {', '.join(first)}: "
-                "evaluate both on the same suite (names and shifts)"
+                "evaluate both on the same suite (names, shifts and modalities)"
             )
 
     def of_sets(*shifts: str) -> list[Column]:
@@ -69,6 +78,7 @@ def columns(rows: Sequence[ReportRow]) -> list[Column]:
                 name,
                 one.shift,
                 [(row.result.sets[name].accuracy, row.result.sets[name].standard_error) for row in rows],
+                modality=one.modality,
             )
             for name, one in first.items()
             if one.shift in shifts
@@ -94,7 +104,7 @@ def _cell(value: float, error: float) -> str:
 
 
 def _heading(column: Column) -> str:
-    return column.title if column.is_mean else f"{column.title} ({'ID' if column.kind == 'id' else column.kind})"
+    return f"{column.title} ({column.label})" if column.label else column.title
 
 
 def terminal_table(rows: Sequence[ReportRow], *, width: int = 120) -> Table:

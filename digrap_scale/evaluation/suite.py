@@ -17,6 +17,7 @@ from digrap_scale.types import Batch
 
 Shift = Literal["id", "near", "far"]
 SHIFTS: tuple[Shift, ...] = ("id", "near", "far")
+Modality = Literal["none", "vision", "question", "answer", "multimodal", "adversarial", "other"]
 
 
 class EvaluationTask(Protocol):
@@ -40,6 +41,7 @@ class SetResult:
         standard_error: binomial, of ``accuracy``.
         samples: real samples, over all ranks.
         class_accuracy: class name → accuracy on its samples; classes without samples are left out.
+        modality: what has shifted.
     """
 
     shift: Shift
@@ -47,6 +49,7 @@ class SetResult:
     standard_error: float
     samples: int
     class_accuracy: dict[str, float]
+    modality: Modality = "none"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def evaluate_suite(
     *,
     device: torch.device | str,
     reduce_: Callable[[torch.Tensor], None] | None = None,
+    modalities: Mapping[str, Modality] | None = None,
 ) -> SuiteResult:
     """Accuracy on every test set, summed over ranks.
 
@@ -128,6 +132,7 @@ def evaluate_suite(
         shifts: test set → "id", "near" or "far".
         device: where batches go.
         reduce_: sums a tensor over all ranks, in place; None for one process.
+        modalities: test set → what has shifted in it; "none" where it says nothing.
 
     Raises:
         ConfigError: a set without shift, without labels, with labels out of range or without a single real sample.
@@ -159,7 +164,12 @@ def evaluate_suite(
             if all_
         }
         sets[name] = SetResult(
-            shifts[name], metrics.accuracy(right, samples), metrics.standard_error(right, samples), samples, by_class
+            shifts[name],
+            metrics.accuracy(right, samples),
+            metrics.standard_error(right, samples),
+            samples,
+            by_class,
+            (modalities or {}).get(name, "none"),
         )
     return SuiteResult(sets)
 

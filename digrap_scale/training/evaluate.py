@@ -67,7 +67,15 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
     }
     shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
     with run.engine.inference():
-        return evaluate_suite(run.engine.model, run.task, loaders, shifts, device=here.device, reduce_=here.sum_)
+        return evaluate_suite(
+            run.engine.model,
+            run.task,
+            loaders,
+            shifts,
+            device=here.device,
+            reduce_=here.sum_,
+            modalities={entry.name: entry.modality for entry in config.evaluation.suite},
+        )
 
 
 @dataclass

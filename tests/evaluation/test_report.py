@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,30 @@ def test_columns_that_say_nothing_new_are_left_out():
         "c",
         "OOD mean",
     ]
+
+
+def shifted():
+    """The rows with modalities, as a suite of VQA sets has them."""
+    kinds = {"noto": "vision", "flat": "question", "photos": "other"}
+    return [
+        ReportRow(
+            row.name,
+            SuiteResult({k: replace(v, modality=kinds.get(k, "none")) for k, v in row.result.sets.items()}),
+        )
+        for row in ROWS
+    ]
+
+
+def test_what_has_shifted_stands_in_the_tables(tmp_path):
+    text = markdown(shifted(), [])
+    assert "| method | lines (ID) | noto (near, vision) | flat (near, question) | photos (far, other) |" in text
+    console = Console(file=io.StringIO(), width=200)
+    print_report(shifted(), [], console)
+    assert "(near, vision)" in console.file.getvalue()
+    write_report(shifted(), tmp_path, notes=[])
+    assert read_report(tmp_path / "results.json") == (shifted(), [])
+    with pytest.raises(ConfigError, match="names, shifts and modalities"):
+        columns([shifted()[0], ROWS[1]])
 
 
 @pytest.mark.parametrize(

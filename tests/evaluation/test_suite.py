@@ -66,6 +66,17 @@ def test_accuracies_and_means():
     assert result.error("far") == result.sets["photos"].standard_error
 
 
+def test_modalities():
+    result = evaluate_suite(Model(), Task(), LOADERS, SHIFTS, device="cpu", modalities={"lines": "vision"})
+    assert {name: one.modality for name, one in result.sets.items()} == {
+        "noto": "none",
+        "lines": "vision",
+        "twemoji": "none",
+        "photos": "none",
+    }
+    assert SuiteResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
 def test_absent_means_are_none():
     result = run(loaders={"noto": LOADERS["noto"]})
     assert result.id_mean == 0.75

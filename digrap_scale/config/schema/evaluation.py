@@ -15,11 +15,18 @@ class SuiteEntry(Section):
     name: Text = Field(description="Name in the table.")
     shards: list[Text] = Field(min_length=1, description="Shard files or patterns.")
     shift: Literal["id", "near", "far"] = Field(description="How far it is from the training data.")
+    modality: Literal["none", "vision", "question", "answer", "multimodal", "adversarial", "other"] = Field(
+        default="none", description="What has shifted; shown in the tables."
+    )
 
 
 class EvaluationConfig(Section):
     """ID/OOD test sets."""
 
     suite: list[SuiteEntry] = Field(default=[], description="Test sets, in the table's order.")
+    suite_file: Text | None = Field(
+        default=None,
+        description="YAML file with a key `suite`: more test sets, after those of `suite` (`configs/suites/`).",
+    )
     batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
     at_end: bool = Field(default=True, description="Evaluate after training.")
