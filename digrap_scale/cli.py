@@ -65,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     interpolate.add_argument("b", help="fine-tuned model's folder")
     interpolate.add_argument("out", help="folder to write (with several alphas: their parent)")
     interpolate.add_argument("--alpha", type=float, nargs="+", default=[0.5], help="weights of B in [0, 1]")
-    demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
+    demo = verb("demo", _demo, "fine-tune a shipped model on pictograms and compare the methods")
+    demo.add_argument(
+        "--task", choices=("contrastive", "vqa"), default="contrastive",
+        help="contrastive: the CLIP-style model on classes; vqa: the small VLM on questions",
+    )  # fmt: skip
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
     demo.add_argument(
         "--backend", choices=("fsdp2", "zero1", "zero2", "zero3"), default="fsdp2", help="sharding backend"
@@ -107,8 +111,10 @@ def _interpolate(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from digrap_scale.demo.run import demo
+    from digrap_scale.demo.vqa import demo_vqa
 
-    demo(options.folder, backend=options.backend, processes=options.processes, steps=options.steps)
+    run = demo_vqa if options.task == "vqa" else demo
+    run(options.folder, backend=options.backend, processes=options.processes, steps=options.steps)
 
 
 def _quiet_libraries() -> None:
