@@ -135,20 +135,24 @@ class Batch:
 
     Attributes:
         inputs: the model's keyword arguments (``pixel_values`` [B, 3, H, W] float32, ``input_ids`` …).
-        labels: [B] int64 class indices (classification, contrastive over classes), or None.
+        labels: [B] int64 class indices (classification, contrastive over classes), or None. −1: a sample that does not count.
         keys: the samples' keys in their shards, in order.
+        answers: the texts that count as right, a list a sample (tasks that generate text).
+        groups: by what each sample's score is told apart: its type of question, or empty for all in one.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor | None = None
     keys: list[str] = field(default_factory=list)
+    answers: list[list[str]] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        return Batch(
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
-            None if self.labels is None else self.labels.to(device, non_blocking=True),
-            self.keys,
+        return replace(
+            self,
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
         )
 
 

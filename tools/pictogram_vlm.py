@@ -62,7 +62,14 @@ CHAT_TEMPLATE = (
 def vocabulary() -> list[str]:
     """Special tokens, then every word and mark that questions, answers, names and turns use, sorted."""
     slots = {"cell": scenes.CELLS, "noun": (*scenes.NOUNS.values(), scenes.THINGS)}
-    texts = ["user: assistant: nothing, .?", *scenes.CELLS, *scenes.COUNTS, *scenes.CAPTIONS.values(), "yes no", *FAR_WORDS]
+    texts = [
+        "user: assistant: nothing, .?",
+        *scenes.CELLS,
+        *scenes.COUNTS,
+        *scenes.CAPTIONS.values(),
+        "yes no",
+        *FAR_WORDS,
+    ]
     for forms in scenes.WORDINGS.values():
         texts += [re.sub(r"\{\w+\}", " ", wording) for wordings in forms.values() for wording in wordings]
     for noun in slots["noun"]:

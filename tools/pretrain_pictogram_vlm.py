@@ -176,7 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
     run_python(make, "far", "--packages", packages, "--out", sets, *samples)
     told = ("--model", str(out), "--sets", sets, "--json", scores, "--names", *SCORED)
     run_python("tools/score_pictogram_vqa.py", *told)
-    logs = [(ROOT / WORK / name).read_text(encoding="utf-8").splitlines() for name in ("run/metrics.jsonl", "start/align.jsonl")]
+    logs = [
+        (ROOT / WORK / name).read_text(encoding="utf-8").splitlines()
+        for name in ("run/metrics.jsonl", "start/align.jsonl")
+    ]
     table = json.loads((ROOT / scores).read_text(encoding="utf-8"))
     (out / "RECIPE.md").write_text(recipe(out, table, *logs), encoding="utf-8")
     return 0

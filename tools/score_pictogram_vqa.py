@@ -40,7 +40,9 @@ class Answerer:
     def prompt(self, question: str) -> str:
         """The question in the model's own turns, with a place for the image."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text: str = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         return text
 
     @torch.no_grad()
@@ -92,7 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         results[name] = table
         for kind, row in table.items():
             share = 100 / row["samples"]
-            print(f"| {name} | {kind} | {row['samples']:.0f} | {row['right'] * share:.1f} | {row['prior'] * share:.1f} |", flush=True)
+            print(
+                f"| {name} | {kind} | {row['samples']:.0f} | {row['right'] * share:.1f} | {row['prior'] * share:.1f} |",
+                flush=True,
+            )
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0

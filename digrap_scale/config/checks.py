@@ -113,8 +113,23 @@ def _target(target: str, task: str, classes: str | None) -> Iterable[Problem]:
             ("data", "target"),
             f"expected `label` with model.task `{task}`, found `caption`; captions need task `contrastive`",
         )
-    if target == "label" and classes is None:
+    if target == "label" and classes is None and task != "vqa":
         yield ("data", "classes"), "expected a JSON file of classes because data.target is `label`, found nothing"
+
+
+def _vqa(task: str, prompt: str, augment: str, generation: object) -> Iterable[Problem]:
+    if "{question}" not in prompt:
+        yield ("data", "prompt"), f"expected a text with {{question}} in it, found {prompt!r}"
+    if task == "vqa" and augment != "none":
+        yield (
+            ("data", "augment"),
+            f"expected `none` with model.task `vqa`, found `{augment}`; a crop may cut off what the question is about",
+        )
+    if task != "vqa" and generation is not None:
+        yield (
+            ("evaluation", "generation"),
+            f"expected nothing with model.task `{task}`, found a section; only vqa generates",
+        )
 
 
 def _optimizer(name: str, momentum: float, betas: Sequence[float], eps: float) -> Iterable[Problem]:
@@ -207,6 +222,7 @@ CHECKS = (
     Check(("sharding.offload", "sharding.backend"), _offload),
     Check(("sharding.zero", "sharding.backend"), _zero),
     Check(("data.target", "model.task", "data.classes"), _target),
+    Check(("model.task", "data.prompt", "data.augment", "evaluation.generation"), _vqa),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),
     Check(("training.statistics", "sharding.backend", "reference.placement"), _statistics),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from digrap_scale.config.schema import Config
 from digrap_scale.data.classes import Classes, load_classes
 from digrap_scale.data.reading import samples_of
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.splitting import Span
-from digrap_scale.data.tasks.base import text_field
+from digrap_scale.data.tasks.base import only_image, text_field, texts_field
 from digrap_scale.errors import ConfigError
 
 LOOKED_AT_SAMPLES = 16
@@ -29,26 +31,38 @@ def check_data(config: Config) -> list[str]:
             classes = load_classes(data.classes)
         except ConfigError as error:
             problems += error.problems
-    elif config.evaluation.suite:
+    elif config.evaluation.suite and config.model.task != "vqa":
         problems.append("data.classes: needed by evaluation.suite: a JSON list of names or object of name → prompt")
-    label = (data.label_field, "data.label_field")
-    caption = (data.caption_field, "data.caption_field")
-    problems += _check_set("data.train", data.train, classes, caption if data.target == "caption" else label)
-    for index, entry in enumerate(config.evaluation.suite):
-        problems += _check_set(f"evaluation.suite.{index} ({entry.name})", entry.shards, classes, label)
+    sets = [("data.train", data.train, data.target == "caption")]
+    sets += [(f"evaluation.suite.{i} ({one.name})", one.shards, False) for i, one in enumerate(config.evaluation.suite)]
+    for where, patterns, captions in sets:
+        problems += _check_set(where, patterns, partial(_check_sample, config, classes, captions))
     return problems
 
 
-def _check_set(where: str, patterns: Sequence[str], classes: Classes | None, field: tuple[str, str]) -> list[str]:
-    """Opens a set and decodes its first samples."""
+def _check_sample(config: Config, classes: Classes | None, captions: bool, sample: dict[str, Any]) -> None:
+    """Raises: ConfigError where the sample lacks what the task needs."""
+    data = config.data
+    if config.model.task == "vqa":
+        text_field(sample, data.question_field, "data.question_field")
+        texts_field(sample, data.answers_field, "data.answers_field")
+        return
+    only_image(sample)
+    if captions:
+        text_field(sample, data.caption_field, "data.caption_field")
+        return
+    label = text_field(sample, data.label_field, "data.label_field")
+    if classes is not None and label not in classes.names:
+        raise ConfigError(f"{sample['shard']}: sample {sample['key']}: label {label!r} is not among data.classes")
+
+
+def _check_set(where: str, patterns: Sequence[str], check: Callable[[dict[str, Any]], None]) -> list[str]:
+    """Opens a set, decodes its first samples and checks each."""
     try:
         shards = ShardSet.open(patterns)
         spans = [Span(i, 0, count) for i, count in enumerate(shards.counts) if count]
-        is_label = field[1] == "data.label_field"
         for sample in itertools.islice(samples_of(spans, shards.paths), LOOKED_AT_SAMPLES):
-            text = text_field(sample, *field)
-            if is_label and classes is not None and text not in classes.names:
-                return [f"{where}: {sample['shard']}: sample {sample['key']}: label {text!r} is not among data.classes"]
+            check(sample)
     except ConfigError as error:
         return [f"{where}: {problem}" for problem in error.problems]
     return []

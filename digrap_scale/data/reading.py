@@ -1,5 +1,7 @@
 """From tar files to decoded samples: webdataset's grouping and pipeline, with a reader that can start inside a shard.
 
+A sample is ``KEY.json`` beside its images: ``KEY.jpg`` (one), ``KEY.0.jpg``, ``KEY.1.jpg``, … (several, in order), or none.
+
 Nothing that is read can run code: only plain tar files are opened, only images and JSON are accepted, images are
 decoded by PIL's JPEG, PNG and WebP readers alone. Every error names the shard and the key.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +26,7 @@ from digrap_scale.errors import ConfigError
 
 IMAGE_EXTENSIONS = ("webp", "jpg", "jpeg", "png")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "json")
+_EXTENSION = re.compile(rf"json|(?:(0|[1-9]\d{{0,3}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
 MAX_IMAGE_PIXELS = 64 * 2**20
 MAX_MEMBER_BYTES = 256 * 2**20
 
@@ -31,8 +35,11 @@ def _split_name(path: Path, name: str) -> tuple[str, str]:
     """``a/b.webp`` → (``a/b``, ``webp``): the extension starts at the first dot of the last part."""
     folder, _, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    if not stem or extension.lower() not in EXTENSIONS:
-        raise ConfigError(f"{path}: member {name!r}: expected KEY.EXTENSION with one of {', '.join(EXTENSIONS)}")
+    if not stem or not _EXTENSION.fullmatch(extension.lower()):
+        raise ConfigError(
+            f"{path}: member {name!r}: expected KEY.EXTENSION with one of {', '.join(EXTENSIONS)}, or KEY.0.EXTENSION, "
+            "KEY.1.EXTENSION … for several images"
+        )
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
@@ -181,20 +188,39 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def decode_sample(raw: dict[str, Any]) -> dict[str, Any]:
-    """A grouped sample of webdataset → ``key``, ``shard``, ``image`` (PIL, RGB), ``meta`` (dict)."""
+    """A grouped sample of webdataset → ``key``, ``shard``, ``meta`` (dict), ``images`` (list of PIL, RGB, in order, maybe
+    empty) and, where there is one, ``image`` (the first)."""
     where = f"{raw['__url__']}: sample {raw['__key__']}"
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in raw]
-    if len(images) != 1:
-        found = " and ".join(images) or "none"
-        raise ConfigError(f"{where}: expected one image ({', '.join(IMAGE_EXTENSIONS)}), found {found}")
     if "json" not in raw:
         raise ConfigError(f"{where}: has no json; a sample's members must stand next to each other in the tar file")
-    return {
+    images = [decode_image(raw[member], where) for member in _image_members(raw, where)]
+    sample: dict[str, Any] = {
         "key": raw["__key__"],
         "shard": raw["__url__"],
-        "image": decode_image(raw[images[0]], where),
+        "images": images,
         "meta": decode_json(raw["json"], where),
     }
+    return {**sample, "image": images[0]} if images else sample
+
+
+def _image_members(raw: dict[str, Any], where: str) -> list[str]:
+    """The extensions of a sample's images, in order."""
+    found: dict[int | None, list[str]] = {}
+    for extension in raw:
+        match = _EXTENSION.fullmatch(extension)
+        if match and extension != "json":
+            found.setdefault(None if match[1] is None else int(match[1]), []).append(extension)
+    names = [name for of_number in found.values() for name in of_number]
+    if None in found and len(names) > 1:
+        raise ConfigError(
+            f"{where}: expected one image, or several numbered from 0 (KEY.0.jpg …), found {' and '.join(names)}"
+        )
+    numbers = sorted(number for number in found if number is not None)
+    if numbers != list(range(len(numbers))) or len(names) != len(found):
+        raise ConfigError(
+            f"{where}: images are numbered from 0 without gaps, each once; found {', '.join(sorted(names))}"
+        )
+    return found[None] if None in found else [found[number][0] for number in numbers]
 
 
 def samples_of(

@@ -69,7 +69,9 @@ TESTS = (
     SetSpec("colour reworded", COLOUR_STYLES, modality="multimodal", wordings="reworded"),
 )
 # Candidates; those that the base model answers wrongly are the set.
-ADVERSARIAL = SetSpec("adversarial", (SOURCE, *COLOUR_STYLES), modality="adversarial", prior="balanced", draws="candidates")
+ADVERSARIAL = SetSpec(
+    "adversarial", (SOURCE, *COLOUR_STYLES), modality="adversarial", prior="balanced", draws="candidates"
+)
 
 
 def prefix(spec: SetSpec) -> str:
@@ -86,9 +88,7 @@ def samples(spec: SetSpec, tiles: Tiles, label: Mapping[str, str], indices: Sequ
         label: concept → class.
         indices: which samples.
     """
-    concepts = {
-        (style, part): by_class(tiles[style].get(part, {}), label) for style in spec.styles for part in PARTS
-    }
+    concepts = {(style, part): by_class(tiles[style].get(part, {}), label) for style in spec.styles for part in PARTS}
     for index in indices:
         style = spec.styles[index % len(spec.styles)]
         types = [kind for kind in scenes.QUESTION_TYPES if kind != "what" or concepts[style, "train"]]
@@ -121,9 +121,7 @@ def decoded(sample: dict[str, Any]) -> dict[str, Any]:
     return {"key": sample["key"], "shard": "", "image": image, "meta": sample["meta"]}
 
 
-def write_set(
-    spec: SetSpec, tiles: Tiles, label: Mapping[str, str], folder: Path, indices: Sequence[int]
-) -> Manifest:
+def write_set(spec: SetSpec, tiles: Tiles, label: Mapping[str, str], folder: Path, indices: Sequence[int]) -> Manifest:
     """Write the set's shards and manifest into ``folder``.
 
     Raises:

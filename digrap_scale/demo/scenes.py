@@ -125,7 +125,9 @@ def questions(scene: Scene, kinds: Kinds, question_type: str) -> list[Question]:
         question_type: one of ``QUESTION_TYPES``.
     """
     nouns = [NOUNS[kinds[concept]] if concept is not None else None for concept in scene]
-    filled = [(cell, concept, noun) for cell, concept, noun in zip(CELLS, scene, nouns, strict=True) if concept and noun]
+    filled = [
+        (cell, concept, noun) for cell, concept, noun in zip(CELLS, scene, nouns, strict=True) if concept and noun
+    ]
     if question_type == "what":
         return [Question("what", "what", "", cell, words(concept)) for cell, concept, _ in filled]
     if question_type == "category":
@@ -269,8 +271,13 @@ def encode(page: Image.Image) -> bytes:
 
 
 def make_sample(
-    seed: str, style: str, question_type: str, prior: str, wordings: str,
-    concepts: Mapping[str, Sequence[str]], tile: Callable[[str], Image.Image],
+    seed: str,
+    style: str,
+    question_type: str,
+    prior: str,
+    wordings: str,
+    concepts: Mapping[str, Sequence[str]],
+    tile: Callable[[str], Image.Image],
 ) -> dict[str, object]:
     """One sample as ``write_shards`` takes it, drawn from ``seed`` alone.
 

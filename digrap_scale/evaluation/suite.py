@@ -13,6 +13,7 @@ from torch import nn
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation import metrics
+from digrap_scale.evaluation.generated import Gather, Generate, GeneratingTask, ScoreSums, score_batch
 from digrap_scale.types import Batch
 
 Shift = Literal["id", "near", "far"]
@@ -37,10 +38,11 @@ class SetResult:
 
     Attributes:
         shift: how far it is from the training data.
-        accuracy: right ÷ samples, in [0, 1].
-        standard_error: binomial, of ``accuracy``.
+        accuracy: right ÷ samples, or the mean score of generated answers, in [0, 1].
+        standard_error: of ``accuracy``: √(variance of the scores ÷ samples), which for right and wrong is the binomial.
         samples: real samples, over all ranks.
-        class_accuracy: class name → accuracy on its samples; classes without samples are left out.
+        class_accuracy: class name (of answers: type of question) → accuracy on its samples; classes without samples are
+            left out.
         modality: what has shifted.
     """
 
@@ -119,20 +121,25 @@ def evaluate_suite(
     device: torch.device | str,
     reduce_: Callable[[torch.Tensor], None] | None = None,
     modalities: Mapping[str, Modality] | None = None,
+    generate: Generate | None = None,
+    gather: Gather | None = None,
 ) -> SuiteResult:
     """Accuracy on every test set, summed over ranks.
 
     Every rank must go through the same number of batches of each set, as the model's own collectives need; padding
-    carries label −1. Counts are reduced once for the whole suite: [S, 2, C] int64.
+    carries label −1. Counts are reduced once for the whole suite: [S, 2, C] int64; of a task that generates, float64 sums
+    of scores and of their squares, and counts, by set and group.
 
     Args:
         model: put into evaluation mode, and every module back into the mode that it had.
-        task: gives ``logits(model, batch)`` [B, C] and ``class_names``.
+        task: gives ``logits(model, batch)`` [B, C] and ``class_names``; or, a ``GeneratingTask``, texts.
         loaders: test set → batches, in the table's order.
         shifts: test set → "id", "near" or "far".
         device: where batches go.
         reduce_: sums a tensor over all ranks, in place; None for one process.
         modalities: test set → what has shifted in it; "none" where it says nothing.
+        generate: the engine's generation, for a task that needs it.
+        gather: every rank's value of an object, on every rank; None for one process.
 
     Raises:
         ConfigError: a set without shift, without labels, with labels out of range or without a single real sample.
@@ -146,6 +153,10 @@ def evaluate_suite(
         problems.append("evaluation.suite is empty; name at least one test set")
     if problems:
         raise ConfigError(problems)
+    if getattr(task, "generates", False):
+        return _evaluate_generated(
+            model, cast(GeneratingTask, task), loaders, shifts, modalities or {}, device, generate, gather
+        )
     counts_S2C = torch.zeros(len(loaders), 2, len(task.class_names), dtype=torch.int64, device=device)
     with evaluation_mode(model), torch.no_grad():  # not inference_mode: FSDP2's views outlive the block
         for counts_2C, (name, batches) in zip(counts_S2C, loaders.items(), strict=True):
@@ -171,6 +182,33 @@ def evaluate_suite(
             by_class,
             (modalities or {}).get(name, "none"),
         )
+    return SuiteResult(sets)
+
+
+def _evaluate_generated(
+    model: nn.Module,
+    task: GeneratingTask,
+    loaders: Mapping[str, Iterable[Batch]],
+    shifts: Mapping[str, Shift],
+    modalities: Mapping[str, Modality],
+    device: torch.device | str,
+    generate: Generate | None,
+    gather: Gather | None,
+) -> SuiteResult:
+    assert generate is not None, "a task that generates needs the engine's generation"
+    sums = ScoreSums()
+    with evaluation_mode(model), torch.no_grad():
+        for name, batches in loaders.items():
+            for batch in batches:
+                score_batch(task, generate, batch.to(device), name, sums)
+    if gather is not None:
+        sums = ScoreSums.merged(gather(sums.sums))
+    sets: dict[str, SetResult] = {}
+    for name in loaders:
+        mean, error, samples = sums.of(name)
+        if not samples:
+            raise ConfigError(f"test set {name} has no sample; check its shards in evaluation.suite")
+        sets[name] = SetResult(shifts[name], mean, error, samples, sums.groups(name), modalities.get(name, "none"))
     return SuiteResult(sets)
 
 

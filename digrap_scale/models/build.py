@@ -21,6 +21,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,15 +30,22 @@ from transformers import (
 from digrap_scale.config.schema import Config, ModelConfig
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.adapters import add_lora, original_name
+from digrap_scale.models.families import Family, build_family
 from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.models.hollow import hollow_out, load_hollow, obstacle, renamed
+from digrap_scale.models.processors import load_processor
 from digrap_scale.models.towers import TextTable
 from digrap_scale.models.towers.text_table import TEXTS_FILE
 from digrap_scale.types import Slices, StoredWeights
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _SHOWN_TENSORS = 8
+_AUTO_CLASSES: dict[str, Any] = {
+    "classification": AutoModelForImageClassification,
+    "contrastive": AutoModel,
+    "vqa": AutoModelForImageTextToText,
+}
 
 # A folder and a model of its architecture without weights → the folder's checkpoint, opened.
 OpenWeights = Callable[[Path, PreTrainedModel], StoredWeights]
@@ -50,12 +58,13 @@ class BuiltModel:
     Attributes:
         model: on the CPU, in ``model.dtype``; adapters added, parameters frozen. With ``slices``, parameters that the
             checkpoint has are on the meta device.
-        processor: the image processor, or None if the folder has none.
+        processor: the image processor, or None if the folder has none; of a generative model, the whole processor.
         tokenizer: the tokenizer, or None if the folder has none.
         checkpoint_folder: where the pre-trained safetensors are.
         new_parameters: names (of ``model``) that the checkpoint has no value for: a new head. They have no reference.
         report: lines that tell what regexes and options did.
         slices: reads elements of the parameters on the meta device, by their names in ``model``; None if there are none.
+        family: how a generative model is asked; None for others.
     """
 
     model: nn.Module
@@ -65,6 +74,7 @@ class BuiltModel:
     new_parameters: set[str] = field(default_factory=set)
     report: list[str] = field(default_factory=list)
     slices: Slices | None = None
+    family: Family | None = None
 
 
 def build_model(config: Config, num_classes: int | None, open_weights: OpenWeights | None = None) -> BuiltModel:
@@ -110,6 +120,10 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
         if layers:
             report.append(f"model.batch_norm: the statistics of {layers} layers are frozen")
     slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
+    if settings.task == "vqa":
+        family = build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
+        whole = family.processor
+        return BuiltModel(wrapped, whole, whole.tokenizer, folder, new, report, slices, family)
     processor = _optional(AutoImageProcessor, folder, settings, ("preprocessor_config.json", "processor_config.json"))
     return BuiltModel(wrapped, processor, load_tokenizer(folder, settings), folder, new, report, slices)
 
@@ -157,7 +171,7 @@ def _read_config(folder: Path, settings: ModelConfig, num_classes: int | None) -
 
 
 def _auto_class(settings: ModelConfig) -> Any:
-    return AutoModelForImageClassification if settings.task == "classification" else AutoModel
+    return _AUTO_CLASSES[settings.task]
 
 
 def _open(

@@ -28,9 +28,11 @@ class Engine:
         accumulation_steps: micro-batches of one optimizer step.
         slices: reads the values of parameters that came on the meta device.
         skips_steps: whether it may skip a step (overflow) without calling the optimizer.
+        lockstep: whether a forward needs all ranks, so that all must take the same number of them.
     """
 
     skips_steps = False
+    lockstep = False
 
     def __init__(
         self,
@@ -94,6 +96,16 @@ class Engine:
         """The optimizer's step, at the end of accumulation."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def generate(self, inputs: dict[str, torch.Tensor], settings: Any) -> torch.Tensor:
+        """transformers' generation (``settings``: its GenerationConfig): ids of prompt and new tokens, [B, T]. Collective
+        if ``lockstep``: a rank that is done goes on with forwards whose results nobody reads until all are.
+        """
+        generator: Any = self.module
+        ids: torch.Tensor = generator.generate(
+            **inputs, generation_config=settings, synced_gpus=self.lockstep and self.world_size > 1
+        )
+        return ids
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Names (of the unwrapped model) → full tensors on the CPU; complete on rank 0, maybe empty elsewhere. Collective."""

@@ -12,7 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
@@ -130,6 +136,8 @@ class FSDP2Engine(Engine):
             weight is tied across blocks; ``sharding.replicas`` does not divide the number of processes.
     """
 
+    lockstep = True
+
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         sharding = self.config.sharding
         mesh = self._mesh()
@@ -155,6 +163,9 @@ class FSDP2Engine(Engine):
                 reshard_after_forward=sharding.reshard_after_forward,
                 ignored_params=set(self._scalars),
             )
+        if hasattr(model, "generate"):
+            # PEFT's calls the model inside, past the root's own hooks.
+            register_fsdp_forward_method(model, "generate")
         for parameter in self._scalars:
             parameter.data = parameter.data.to(self.device)
         # Offloaded shards stay in host memory.

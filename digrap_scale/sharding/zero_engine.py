@@ -49,6 +49,10 @@ class ZeroEngine(Engine):
 
     skips_steps = True
 
+    @property
+    def lockstep(self) -> bool:  # type: ignore[override]
+        return self._stage == 3
+
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         sharding = self.config.sharding
         try:

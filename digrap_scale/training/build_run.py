@@ -49,7 +49,8 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
         built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size, built.slices
     )
     seed_everything(config.run.seed, here.rank)
-    task = build_task(config, built.processor, built.tokenizer, train=False) if classes is not None else None
+    evaluates = classes is not None or config.model.task == "vqa"
+    task = build_task(config, built.processor, built.tokenizer, False, built.family) if evaluates else None
     return BuiltRun(built, engine, model_class, task)
 
 

@@ -75,6 +75,8 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
             device=here.device,
             reduce_=here.sum_,
             modalities={entry.name: entry.modality for entry in config.evaluation.suite},
+            generate=run.engine.generate,
+            gather=here.gather,
         )
 
 

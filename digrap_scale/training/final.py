@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from digrap_scale.checkpoint.atomic import atomic_folder
+from digrap_scale.models.processors import copy_processor
 from digrap_scale.training.build_run import BuiltRun
 from digrap_scale.training.setup import Place
 
@@ -19,6 +20,9 @@ def save_final(run: BuiltRun, folder: Path, here: Place) -> None:
     def write() -> None:
         with atomic_folder(folder, overwrite=True) as partial:
             _save_model(run, partial, state)
+            if run.built.family is not None:
+                copy_processor(run.built.checkpoint_folder, partial)
+                return
             for part in (run.built.processor, run.built.tokenizer):
                 if part is not None:
                     part.save_pretrained(partial)

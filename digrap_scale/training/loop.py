@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -88,7 +89,7 @@ def accumulate(engine: Engine, projector: Projector, task: Task, stream: Iterato
 def prepared(engine: Engine, batch: Batch) -> Batch:
     """The batch on the engine's device, floating inputs in the dtype that it computes in."""
     batch = batch.to(engine.device)
-    return Batch({name: engine.cast(tensor) for name, tensor in batch.inputs.items()}, batch.labels, batch.keys)
+    return replace(batch, inputs={name: engine.cast(tensor) for name, tensor in batch.inputs.items()})
 
 
 def _skip_line(step: int, layers: list[str]) -> str:

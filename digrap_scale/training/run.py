@@ -54,7 +54,7 @@ def _train(config: Config, here: Place) -> None:
             log.message(line)
         projector = attach_projector(run, config)
         log.message(projector.summary())
-        train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
+        train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
         batches = build_loader(
             shards,
             train_task,

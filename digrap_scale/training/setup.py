@@ -43,6 +43,14 @@ class Place:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. Collective."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
     def on_rank_0(self, action: Callable[[], Result]) -> Result | None:
         """Do something on rank 0 while the others wait; its error is raised on every rank, so that nobody waits in vain.
 
@@ -69,10 +77,7 @@ class Place:
 
     def same(self, what: str, value: object) -> None:
         """Raise ConfigError on every rank if ``value`` is not the same on all of them. Collective."""
-        values: list[Any] = [value]
-        if self.world_size > 1:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value)
+        values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 error = ConfigError(

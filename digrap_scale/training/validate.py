@@ -30,7 +30,7 @@ def find_problems(config: Config) -> list[str]:
         num_classes = _num_classes(config)
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
-    if config.evaluation.suite and config.data.classes is None:
+    if config.evaluation.suite and config.data.classes is None and config.model.task != "vqa":
         problems.append("data.classes: expected a file, found none; evaluation.suite tells classes apart")
     return problems + check_model(config, num_classes) + _check_reference(config)
 

@@ -62,7 +62,7 @@ BAD = [
     ("runs/first", 'a\n  "folder": b', "run.yaml:3: run.folder: expected it once, found it twice (first on line 2)", []),
     ("runs/first", "a\n  1: b", "run.yaml:3: run: expected a key that is text, found `1`", []),
     ("runs/first", "a\n  ? [x]\n  : b", "run.yaml:3: run: expected a key that is text, found a sequence", []),
-    ("task: contrastive", "task: contrastve", "run.yaml:5: model.task: expected `classification` or `contrastive`, found text `contrastve`; did you mean `contrastive`?", []),
+    ("task: contrastive", "task: contrastve", "run.yaml:5: model.task: expected `classification`, `contrastive` or `vqa`, found text `contrastve`; did you mean `contrastive`?", []),
     ("task: contrastive", 'task: contrastive\n  freeze: ["("]', "run.yaml:6: model.freeze.0: expected a regex, found text `(` (missing )", []),
     ("task: contrastive", 'task: contrastive\n  freeze: [""]', "run.yaml:6: model.freeze.0: expected a regex, found text ``", []),
     ("task: contrastive", "task: contrastive\n  freeze: x", "run.yaml:6: model.freeze: expected a list of regexes, found text `x`", []),

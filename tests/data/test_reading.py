@@ -22,8 +22,19 @@ from tests.data.samples import encoded, make_samples, raw_tar, sample_members
     [
         (sample_members("k", image=encoded()[:40]), "the image cannot be decoded"),
         (sample_members("k", image=b""), "the image cannot be decoded"),
-        (sample_members("k")[:1], "expected one image (webp, jpg, jpeg, png), found none"),
-        ([*sample_members("k"), ("k.jpg", encoded())], "found jpg and png"),
+        (
+            [*sample_members("k"), ("k.jpg", encoded())],
+            "expected one image, or several numbered from 0 (KEY.0.jpg …), found",
+        ),
+        ([*sample_members("k"), ("k.0.png", encoded())], "numbered from 0 (KEY.0.jpg …), found png and 0.png"),
+        (
+            [("k.json", b"{}"), ("k.0.png", encoded()), ("k.2.png", encoded())],
+            "without gaps, each once; found 0.png, 2.png",
+        ),
+        (
+            [("k.json", b"{}"), ("k.0.png", encoded()), ("k.0.jpg", encoded())],
+            "without gaps, each once; found 0.jpg, 0.png",
+        ),
         (sample_members("k")[1:], "has no json"),
         ([("k.json", b"{"), ("k.png", encoded())], "the JSON cannot be decoded"),
         ([("k.json", b"\xff\xfe"), ("k.png", encoded())], "the JSON cannot be decoded"),
@@ -39,6 +50,22 @@ def test_broken_samples_are_named(tmp_path: Path, members: list[tuple[str, bytes
         list(samples_of([Span(0, 0, 2)], [path]))
     assert message in str(error.value) and str(error.value).startswith(f"{path}: sample k")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_several_images_are_in_order_and_none_is_allowed(tmp_path: Path) -> None:
+    several = [(f"k.{number}.png", encoded((number, 0, 0))) for number in (10, 2, 1, 0, *range(3, 10))]
+    members = [("k.json", b"{}"), *several, ("text.json", b'{"question": "?"}'), *sample_members("one")]
+    first, second, third = samples_of([Span(0, 0, 3)], [raw_tar(tmp_path / "x.tar", members)])
+    assert [image.getpixel((0, 0))[0] for image in first["images"]] == list(range(11))
+    assert first["image"] is first["images"][0] and third["images"] == [third["image"]]
+    assert second["images"] == [] and "image" not in second
+
+
+@pytest.mark.parametrize("name", ["k.00.png", "k.-1.png", "k.a.png", "k.1.json", "k.png.0"])
+def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
+    path = raw_tar(tmp_path / "x.tar", [("k.json", b"{}"), (name, encoded())])
+    with pytest.raises(ConfigError, match="KEY.0.EXTENSION"):
+        list(samples_of([Span(0, 0, 1)], [path]))
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def test_equal_captions_are_one_positive() -> None:
     )
     image = Image.new("RGB", (8, 8))
     samples = [
-        {"key": str(i), "shard": "x", "image": image, "seed": 0, "meta": {"caption": caption}}
+        {"key": str(i), "shard": "x", "images": [image], "seed": 0, "meta": {"caption": caption}}
         for i, caption in enumerate(["cat", "dog", "cat"])
     ]
     batch = task.collate(samples)
@@ -172,7 +172,7 @@ def test_long_captions_are_cut(tmp_path: Path, data: dict[str, Any]) -> None:
     config = tiny.make_config(tiny.save_clip(tmp_path), "contrastive", data={**data, "target": "caption"})
     built = build_model(config, None)
     task = build_task(config, built.processor, built.tokenizer, train=True)
-    sample = {"key": "k", "shard": "x", "image": Image.new("RGB", (8, 8)), "seed": 0}
+    sample = {"key": "k", "shard": "x", "images": [Image.new("RGB", (8, 8))], "seed": 0}
     batch = task.collate([{**sample, "meta": {"caption": "a red thing " * 20}}])
     assert batch.inputs["input_ids"].shape == (1, 8)
 
@@ -188,7 +188,7 @@ def test_long_captions_are_cut(tmp_path: Path, data: dict[str, Any]) -> None:
 def test_bad_labels_are_named(tmp_path: Path, data: dict[str, Any], meta: dict, message: str) -> None:
     config = tiny.make_config(tmp_path, "classification", data=data)
     task = build_task(config, SquareProcessor(), None, train=True)
-    sample = {"key": "k7", "shard": "x.tar", "image": Image.new("RGB", (8, 8)), "seed": 0, "meta": meta}
+    sample = {"key": "k7", "shard": "x.tar", "images": [Image.new("RGB", (8, 8))], "seed": 0, "meta": meta}
     with pytest.raises(ConfigError) as error:
         task.collate([sample])
     assert str(error.value).startswith("x.tar: sample k7: ") and message in str(error.value)
@@ -201,7 +201,7 @@ def test_images_that_do_not_stack_are_named(tmp_path: Path, data: dict[str, Any]
         {
             "key": f"k{size}",
             "shard": "x.tar",
-            "image": Image.new("RGB", (size, size)),
+            "images": [Image.new("RGB", (size, size))],
             "seed": 0,
             "meta": {"label": "red"},
         }

@@ -106,7 +106,9 @@ def test_reworded_questions_are_new_but_their_words_are_not() -> None:
 
 def test_pictograms_stand_in_their_cells() -> None:
     page = scenes.compose(
-        random.Random(0), (None, "ma-thing-1", None, None), lambda _: Image.new("RGB", (scenes.TILE, scenes.TILE), "black")
+        random.Random(0),
+        (None, "ma-thing-1", None, None),
+        lambda _: Image.new("RGB", (scenes.TILE, scenes.TILE), "black"),
     )
     dark = {
         place: page.crop((x, y, x + scenes.TILE, y + scenes.TILE)).getextrema()[0][0] < 128

@@ -9,7 +9,7 @@ from digrap_scale.config.checks import CROSS_FIELD, cross_field_problems
 
 from .base import Section, check_regex
 from .data import DataConfig
-from .evaluation import EvaluationConfig, SuiteEntry
+from .evaluation import EvaluationConfig, GenerationConfig, SuiteEntry
 from .method import (
     DiGraPMethod,
     DiGraPUpdateMethod,
@@ -33,6 +33,7 @@ __all__ = [
     "DiGraPMethod",
     "DiGraPUpdateMethod",
     "EvaluationConfig",
+    "GenerationConfig",
     "L2SPMethod",
     "LoggingConfig",
     "LoraConfig",

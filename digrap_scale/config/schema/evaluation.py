@@ -20,6 +20,13 @@ class SuiteEntry(Section):
     )
 
 
+class GenerationConfig(Section):
+    """How answers are generated: greedily, or by beam search; never sampled."""
+
+    max_new_tokens: PositiveInt = Field(default=16, description="Longest answer, in tokens.")
+    num_beams: PositiveInt = Field(default=1, description="Beams; 1 is greedy.")
+
+
 class EvaluationConfig(Section):
     """ID/OOD test sets."""
 
@@ -27,6 +34,9 @@ class EvaluationConfig(Section):
     suite_file: Text | None = Field(
         default=None,
         description="YAML file with a key `suite`: more test sets, after those of `suite` (`configs/suites/`).",
+    )
+    generation: GenerationConfig | None = Field(
+        default=None, description="vqa: how answers are generated; empty: its defaults."
     )
     batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
     at_end: bool = Field(default=True, description="Evaluate after training.")

@@ -27,7 +27,9 @@ class ModelConfig(Section):
     """The model, through transformers."""
 
     path: Text = Field(description="Folder in Hugging Face layout, or a hub id.")
-    task: Literal["classification", "contrastive"] = Field(description="What the model is trained for.")
+    task: Literal["classification", "contrastive", "vqa"] = Field(
+        description="What the model is trained for; `vqa`: a generative model answers questions about images."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the weights that are trained."
     )

@@ -36,7 +36,7 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
-        """Samples (``key``, ``shard``, ``image`` PIL RGB, ``meta``, ``seed``) → batch with labels [B] int64.
+        """Samples (of ``decode_sample``, with a ``seed``) → batch with labels [B] int64.
 
         Raises:
             ConfigError: a sample without its label or caption, or with an unknown label; names shard and key.
@@ -52,9 +52,9 @@ class Task(ABC):
 
     def pixels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
         """[B, 3, H, W] through the model's image processor, in the dtype of the model's weights."""
-        images = [sample["image"] for sample in samples]
+        images = [only_image(sample) for sample in samples]
         if self.crop:
-            images = [random_resized_crop(sample["image"], sample["seed"]) for sample in samples]
+            images = [random_resized_crop(image, s["seed"]) for image, s in zip(images, samples, strict=True)]
         try:
             pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
         except ValueError as error:
@@ -78,6 +78,18 @@ class Task(ABC):
         return self._index[name]
 
 
+def only_image(sample: dict[str, Any]) -> Any:
+    """The image of a sample that has exactly one.
+
+    Raises:
+        ConfigError: it has none, or several; names shard and key.
+    """
+    if len(sample["images"]) != 1:
+        found = len(sample["images"]) or "none"
+        raise ConfigError(f"{sample['shard']}: sample {sample['key']}: expected one image, found {found}")
+    return sample["images"][0]
+
+
 def text_field(sample: dict[str, Any], field: str, option: str) -> str:
     """A text of a sample's JSON.
 
@@ -86,8 +98,24 @@ def text_field(sample: dict[str, Any], field: str, option: str) -> str:
     """
     value = sample["meta"].get(field)
     if not isinstance(value, str) or not value:
-        where = f"{sample['shard']}: sample {sample['key']}: JSON field {field!r} ({option})"
-        there = ", ".join(sample["meta"]) or "none"
-        found = f"is {value!r}" if field in sample["meta"] else f"is missing (there are: {there})"
-        raise ConfigError(f"{where} {found}; expected a text")
+        raise _unfit(sample, field, option, "a text")
     return value
+
+
+def texts_field(sample: dict[str, Any], field: str, option: str) -> list[str]:
+    """A list of texts of a sample's JSON, none of them blank.
+
+    Raises:
+        ConfigError: it is missing, empty or something else; names shard, key, field and the option that chose the field.
+    """
+    value = sample["meta"].get(field)
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one.strip() for one in value):
+        raise _unfit(sample, field, option, "a list of one or more texts")
+    return value
+
+
+def _unfit(sample: dict[str, Any], field: str, option: str, expected: str) -> ConfigError:
+    where = f"{sample['shard']}: sample {sample['key']}: JSON field {field!r} ({option})"
+    there = ", ".join(sample["meta"]) or "none"
+    found = f"is {sample['meta'][field]!r}" if field in sample["meta"] else f"is missing (there are: {there})"
+    return ConfigError(f"{where} {found}; expected {expected}")

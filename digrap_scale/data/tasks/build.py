@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from digrap_scale.config.schema import Config
+from digrap_scale.config.schema import Config, GenerationConfig
 from digrap_scale.data.classes import Classes, load_classes
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.data.tasks.classification import ClassificationTask
 from digrap_scale.data.tasks.contrastive import ContrastiveCaptionTask, ContrastiveLabelTask
+from digrap_scale.data.tasks.vqa import Encoder, VqaTask
 from digrap_scale.errors import ConfigError
 
 
-def build_task(config: Config, processor: Any, tokenizer: Any | None, train: bool) -> Task:
+def build_task(
+    config: Config, processor: Any, tokenizer: Any | None, train: bool, encoder: Encoder | None = None
+) -> Task:
     """The task of ``model.task`` and ``data.target``.
 
     Evaluation is always over classes, also for a model that trains on captions, and never augments.
@@ -26,18 +29,33 @@ def build_task(config: Config, processor: Any, tokenizer: Any | None, train: boo
         processor: the model's image processor.
         tokenizer: the model's tokenizer (contrastive), called with a list of texts.
         train: whether batches are for training.
+        encoder: how a generative model is asked (vqa).
 
     Raises:
         ConfigError: no processor or tokenizer where one is needed; no ``data.classes`` where classes are needed.
     """
     model, data = config.model, config.data
-    if processor is None:
-        raise ConfigError(f"model.path: {model.path} has no image processor (preprocessor_config.json)")
     common: dict[str, Any] = {
         "label_field": data.label_field,
         "crop": train and data.augment == "crop",
         "dtype": getattr(torch, model.dtype),
     }
+    if model.task == "vqa":
+        assert encoder is not None, "build_model gives one for this task"
+        return VqaTask(
+            encoder,
+            train=train,
+            prompt=data.prompt,
+            question_field=data.question_field,
+            answers_field=data.answers_field,
+            answer_choice=data.answer_choice,
+            max_tokens=data.max_tokens,
+            generation=(config.evaluation.generation or GenerationConfig()).model_dump(),
+            class_names=(),
+            **common,
+        )
+    if processor is None:
+        raise ConfigError(f"model.path: {model.path} has no image processor (preprocessor_config.json)")
     captions = train and data.target == "caption"
     if model.task == "classification":
         return ClassificationTask(processor, class_names=required_classes(config).names, **common)

@@ -48,7 +48,12 @@ def test_hidden_states_are_given_when_asked_for() -> None:
 def test_llava_takes_it_and_reads_it_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = LlamaConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     config = LlavaConfig(
         vision_config=EfficientNetLiteTokensConfig(**SIZES),

@@ -1,0 +1,191 @@
+"""Visual question answering with a generative model: free-form answers, maybe of several annotators."""
+
+# B samples of a batch, R rows (the samples, and maybe a blank one), T tokens, K positions whose logits are asked for
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import GenerationConfig
+
+from digrap_scale.data.tasks.base import Task, text_field, texts_field
+from digrap_scale.errors import ConfigError
+from digrap_scale.types import Batch
+
+IGNORED = -100
+# The engine's generation: (model inputs, settings) → [R, prompt and new tokens].
+Generate = Callable[[dict[str, torch.Tensor], GenerationConfig], torch.Tensor]
+
+
+class Encoder(Protocol):
+    """What the task needs of a model's family: see ``models.families``."""
+
+    limit: int | None
+    pad_id: int
+    end_ids: list[int]
+
+    def encode(self, question: str, images: Sequence[Any], answer: str | None = None) -> Any: ...
+
+    def join(self, rows: Sequence[Any], *, left: bool) -> dict[str, torch.Tensor]: ...
+
+    def supervised(self, rows: Sequence[Any], width: int) -> torch.Tensor: ...
+
+    def decode(self, ids_BT: torch.Tensor) -> list[str]: ...
+
+
+class VqaTask(Task):
+    """Answers a question about a sample's images.
+
+    Training: cross entropy of the answer's tokens and its end. A sample's loss is the mean over its tokens, the batch's
+    the mean over samples, so that neither padding nor the split over ranks weighs in. Evaluation: generated texts.
+    """
+
+    generates = True
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        train: bool,
+        prompt: str,
+        question_field: str,
+        answers_field: str,
+        answer_choice: str,
+        max_tokens: int | None,
+        generation: dict[str, Any],
+        **common: Any,
+    ) -> None:
+        """
+        Args:
+            encoder: the model's family.
+            train: whether batches carry supervised answers, or end where generation begins.
+            prompt: text with ``{question}`` in it.
+            question_field, answers_field: keys of a sample's JSON.
+            answer_choice: ``most_frequent`` (the first of equals) or ``random`` (drawn anew in each epoch, by seed).
+            max_tokens: the longest sample; None: what the model has positions for.
+            generation: settings of ``transformers.GenerationConfig``.
+        """
+        super().__init__(None, **common)
+        self.encoder = encoder
+        self.train = train
+        self.prompt = prompt
+        self.question_field, self.answers_field = question_field, answers_field
+        self.answer_choice = answer_choice
+        self.max_tokens = min((n for n in (max_tokens, encoder.limit) if n is not None), default=None)
+        # Everything that shapes the output is stated: a checkpoint's own generation config may sample, or punish repetition.
+        self.generation = GenerationConfig(
+            do_sample=False,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            eos_token_id=encoder.end_ids,
+            pad_token_id=encoder.pad_id,
+            **generation,
+        )
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """Token fields [R, T], the images' tensors, in training ``labels`` [R, T]; ``Batch.labels`` [B] are 0 for each sample.
+
+        Padding is on the right in training, on the left where generation goes on.
+        """
+        answers = [self.answers(sample) for sample in samples]
+        rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
+        inputs = self.encoder.join(rows, left=not self.train)
+        inputs = {name: self._cast(tensor) for name, tensor in inputs.items()}
+        if self.train:
+            height, width = inputs["input_ids"].shape
+            labels = torch.full((height, width), IGNORED, dtype=torch.int64)
+            labels[: len(rows)] = self.encoder.supervised(rows, width)
+            inputs["labels"] = labels
+        return Batch(
+            inputs,
+            torch.zeros(len(samples), dtype=torch.int64),
+            [sample["key"] for sample in samples],
+            answers,
+            [self.group(sample) for sample in samples],
+        )
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def question(self, sample: dict[str, Any]) -> str:
+        """The user's text."""
+        return self.prompt.replace("{question}", text_field(sample, self.question_field, "data.question_field"))
+
+    def answers(self, sample: dict[str, Any]) -> list[str]:
+        """All annotators' answers."""
+        return texts_field(sample, self.answers_field, "data.answers_field")
+
+    def group(self, sample: dict[str, Any]) -> str:
+        """By what scores are told apart: the sample's ``question_type``, else its ``answer_type``, else nothing."""
+        meta = sample["meta"]
+        return str(meta.get("question_type") or meta.get("answer_type") or "")
+
+    def target(self, sample: dict[str, Any], answers: Sequence[str]) -> str:
+        """The answer that is trained on."""
+        if self.answer_choice == "random":
+            return random.Random(f"answer/{sample['seed']}").choice(answers)
+        return Counter(answers).most_common(1)[0][0]
+
+    def images(self, sample: dict[str, Any]) -> list[Any]:
+        """The sample's images as the model sees them."""
+        return list(sample["images"])
+
+    def _encoded(self, sample: dict[str, Any], answers: Sequence[str]) -> Any:
+        images = self.images(sample)
+        try:
+            row = self.encoder.encode(
+                self.question(sample), images, self.target(sample, answers) if self.train else None
+            )
+        except (ValueError, IndexError, TypeError) as error:
+            line = " ".join(str(error).split())
+            raise ConfigError(f"{sample['shard']}: sample {sample['key']}: the processor failed: {line}") from error
+        room = 0 if self.train else self.generation.max_new_tokens
+        if self.max_tokens is not None and len(row) + room > self.max_tokens:
+            made = f"{len(row)} tokens" + (f" and up to {room} new ones" if room else "")
+            raise ConfigError(
+                f"{sample['shard']}: sample {sample['key']}: {made} with {len(images)} image(s), limit {self.max_tokens}; "
+                "nothing is cut off, for it could be an image's tokens: raise data.max_tokens if the model has the "
+                "positions, shorten the text, or make images smaller"
+            )
+        return row
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean over samples of the mean cross entropy of a sample's supervised tokens."""
+        inputs = dict(batch.inputs)
+        labels_RT = inputs.pop("labels")
+        likelihood_R, tokens_R = token_log_likelihood(model(**inputs).logits, labels_RT)
+        counted_R = tokens_R > 0
+        return -(likelihood_R / tokens_R.clamp(min=1)).sum() / counted_R.sum().clamp(min=1)
+
+    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        raise AssertionError("answers are generated, not told apart")
+
+    def predict(self, generate: Generate, batch: Batch) -> list[str]:
+        """The model's answer to each sample (padding included)."""
+        assert batch.labels is not None
+        sequences = generate(batch.inputs, self.generation)
+        prompt_tokens = batch.inputs["input_ids"].shape[1]
+        return self.encoder.decode(sequences[: len(batch.labels), prompt_tokens:].cpu())
+
+
+def token_log_likelihood(logits_RTV: torch.Tensor, labels_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ log p of each row's supervised tokens (labels other than −100), and how many they are: [R] float32, [R] int64.
+
+    Logits at t tell of the label at t + 1. Only columns in which some row is supervised are brought to float32.
+    """
+    targets_RT = labels_RT[:, 1:]
+    columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
+    targets_RK = targets_RT[:, columns_K]
+    logits_RKV = logits_RTV[:, columns_K].float()
+    losses_RK = functional.cross_entropy(logits_RKV.transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none")
+    return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)
