@@ -49,22 +49,49 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "category": ("what kind of thing is in the {cell}?",),
     },
     "varied": {
-        "what": ("what does the {cell} show?", "name the thing that the {cell} shows.", "which thing can you see {cell}?"),
-        "where": ("in which place is the {noun}?", "name the place of the {noun}.", "where can you see {a_noun}?"),
-        "how many": ("what is the number of {nouns}?", "count the {nouns} in the picture.", "how many {nouns} can you see?"),
-        "yes/no": ("does the picture show {a_noun}?", "can you see {a_noun}?", "is {a_noun} in the picture?"),
-        "yes/no cell": ("does the {cell} show {a_noun}?", "is the thing in the {cell} {a_noun}?", "can you see {a_noun} {cell}?"),
-        "category": ("which kind of thing does the {cell} show?", "name the kind of the thing in the {cell}.", "of what kind is the thing {cell}?"),
+        "what": (
+            "what does the {cell} show?",
+            "name the thing that the {cell} shows.",
+            "which thing can you see {cell}?",
+        ),
+        "where": (
+            "in which place is the {noun}?",
+            "name the place of the {noun}.",
+            "where can you see {a_noun}?",
+        ),
+        "how many": (
+            "what is the number of {nouns}?",
+            "count the {nouns} in the picture.",
+            "how many {nouns} can you see?",
+        ),
+        "yes/no": (
+            "does the picture show {a_noun}?",
+            "can you see {a_noun}?",
+            "is {a_noun} in the picture?",
+        ),
+        "yes/no cell": (
+            "does the {cell} show {a_noun}?",
+            "is the thing in the {cell} {a_noun}?",
+            "can you see {a_noun} {cell}?",
+        ),
+        "category": (
+            "which kind of thing does the {cell} show?",
+            "name the kind of the thing in the {cell}.",
+            "of what kind is the thing {cell}?",
+        ),
     },
     "reworded": {
         "what": ("what can you see in the {cell}?", "name what is shown {cell}."),
         "where": ("which place shows the {noun}?", "in what place can you see the {noun}?"),
-        "how many": ("count how many {nouns} the picture shows.", "what number of {nouns} is there in the picture?"),
+        "how many": (
+            "count how many {nouns} the picture shows.",
+            "what number of {nouns} is there in the picture?",
+        ),
         "yes/no": ("is there {a_noun} that you can see?", "is {a_noun} shown?"),
         "yes/no cell": ("is {a_noun} shown in the {cell}?", "does the place {cell} show {a_noun}?"),
         "category": ("what kind of thing can you see in the {cell}?", "name the kind of thing shown {cell}."),
     },
-}  # fmt: skip
+}
 # Pre-training's captions tell all four cells: their names, or their kinds.
 CAPTIONS = {"names": "describe the picture.", "kinds": "what kind of thing does each place show?"}
 QUESTION_TYPES = ("what", "where", "how many", "yes/no", "category")

@@ -14,8 +14,8 @@ __all__ = ["LEARNING_RATES", "METHODS", "STRENGTH_LR", "make_config", "write_set
 
 FOUNDATION = ASSETS / "pictogram_vlm"
 SHIPPED = ASSETS / "pictogram_vqa"  # easy-vqa's part, and which candidates are adversarial
-TRAIN_SAMPLES, TEST_SAMPLES = 3200, 150
-STEPS, WARMUP_STEPS, BATCH = 100, 10, 32
+TRAIN_SAMPLES, TEST_SAMPLES = 1600, 100
+STEPS, WARMUP_STEPS, BATCH = 100, 10, 16
 MAX_NEW_TOKENS = 8
 # Linear layers of projector and language model; the image tower stays as it is.
 LORA = {
