@@ -73,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--skip-bad", action="store_true", help="leave out broken samples, and tell which")
     index.add_argument("--name", help="of the manifest (default: what the files' names have in common)")
     index.add_argument("--processes", type=int, default=1, help="shards read at a time (default: %(default)s)")
-    demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
+    demo = verb("demo", _demo, "fine-tune a shipped model on pictograms and compare the methods")
+    demo.add_argument(
+        "--task", choices=("contrastive", "vqa"), default="contrastive",
+        help="contrastive: the CLIP-style model on classes; vqa: the small VLM on questions",
+    )  # fmt: skip
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
     demo.add_argument(
         "--backend", choices=("fsdp2", "zero1", "zero2", "zero3"), default="fsdp2", help="sharding backend"
@@ -126,8 +130,10 @@ def _index(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from digrap_scale.demo.run import demo
+    from digrap_scale.demo.vqa import demo_vqa
 
-    demo(options.folder, backend=options.backend, processes=options.processes, steps=options.steps)
+    run = demo_vqa if options.task == "vqa" else demo
+    run(options.folder, backend=options.backend, processes=options.processes, steps=options.steps)
 
 
 def _quiet_libraries() -> None:

@@ -99,6 +99,18 @@ STYLES: dict[str, Style] = {
     ),
 }
 
+# Fetched only: share-alike.
+FETCHED_STYLES: dict[str, Style] = {
+    "openmoji": Style(
+        "@iconify-json/openmoji",
+        "1.2.29",
+        "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+        "CC-BY-SA-4.0",
+        "OpenMoji",
+        "https://github.com/hfg-gmuend/openmoji",
+    ),
+}
+
 # What the alignment sees. The two line styles stay unseen: high contrast is the demo's source, monotone a test.
 ALIGNMENT_STYLES = ("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "noto-v1")
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from digrap_scale.checkpoint.interpolate import interpolate
 from digrap_scale.demo import settings
-from digrap_scale.errors import ConfigError, PeerError
+from digrap_scale.demo.launch import check_accelerators, command_of, launch
 from digrap_scale.evaluation.report import ReportRow, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
@@ -32,11 +27,7 @@ def demo(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: int 
     """
     console = Console(stderr=True)
     steps = steps or settings.STEPS
-    if torch.accelerator.is_available() and torch.accelerator.device_count() < processes:
-        raise ConfigError(
-            f"demo: {processes} processes need as many accelerators, found {torch.accelerator.device_count()}; "
-            "pass --processes"
-        )
+    check_accelerators(processes)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -50,9 +41,9 @@ def demo(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: int 
     for name, run in runs.items():
         config_file = root / f"{run.name}.yaml"
         config_file.write_text(settings.make_config(run, settings.METHODS[name], backend=backend, steps=steps)[1])
-        command = _command(backend, processes, config_file)
+        command = command_of(backend, processes, config_file)
         say(f"{name}: {steps} steps on {processes} processes ({backend}): digrap-scale train {config_file}")
-        _run(command, processes, name)
+        launch(command, processes, name)
         rows.append(ReportRow(name, read_report(run / "results.json")[0][0].result))
         if name == "FT":
             say(f"WiSE-FT: weights halfway between zero-shot and FT (alpha {WISE_ALPHA})")
@@ -76,28 +67,3 @@ def demo(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: int 
 def _evaluate(folder: Path, weights: str) -> SuiteResult:
     config, _ = settings.make_config(folder, {"name": "none"}, backend="single", steps=settings.STEPS)
     return evaluate(config, weights, show=False)
-
-
-def _command(backend: str, processes: int, config_file: Path) -> list[str]:
-    """The launcher's command, as a user would type it."""
-    job = ["digrap_scale", "train", str(config_file)]
-    if backend.startswith("zero"):
-        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(_free_port())]
-        return [sys.executable, "-m", *launcher, "--module", *job]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [sys.executable, "-m", *launcher, *job]
-
-
-def _run(command: list[str], processes: int, name: str) -> None:
-    environment = dict(os.environ)
-    # The launchers start `python` and ninja by name: the environment's own come first.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    if subprocess.run(command, env=environment, check=False).returncode != 0:
-        raise PeerError(f"demo: the run {name!r} failed; its lines above say why")
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -11,6 +11,7 @@ from digrap_scale.models.towers.efficientnet_lite import (
     EfficientNetLiteModel,
 )
 from digrap_scale.models.towers.text_table import TextTable
+from digrap_scale.models.towers.token_tower import EfficientNetLiteTokensConfig, EfficientNetLiteTokensModel
 
 __all__ = [
     "DualEncoderConfig",
@@ -19,6 +20,8 @@ __all__ = [
     "EfficientNetLiteConfig",
     "EfficientNetLiteForImageClassification",
     "EfficientNetLiteModel",
+    "EfficientNetLiteTokensConfig",
+    "EfficientNetLiteTokensModel",
     "TextTable",
     "register",
 ]
@@ -27,8 +30,10 @@ __all__ = [
 def register() -> None:
     """Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForImageClassification`` know the towers (safe to repeat)."""
     AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
+    AutoConfig.register(EfficientNetLiteTokensConfig.model_type, EfficientNetLiteTokensConfig, exist_ok=True)
     AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
     AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
+    AutoModel.register(EfficientNetLiteTokensConfig, EfficientNetLiteTokensModel, exist_ok=True)
     AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
     AutoModelForImageClassification.register(
         EfficientNetLiteConfig, EfficientNetLiteForImageClassification, exist_ok=True

@@ -1,0 +1,52 @@
+"""The demo's runs: the launcher's commands, as a user would type them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from digrap_scale.errors import ConfigError, PeerError
+
+
+def check_accelerators(processes: int) -> None:
+    """Raises: ConfigError where there are accelerators, but fewer than processes."""
+    if torch.accelerator.is_available() and torch.accelerator.device_count() < processes:
+        raise ConfigError(
+            f"demo: {processes} processes need as many accelerators, found {torch.accelerator.device_count()}; "
+            "pass --processes"
+        )
+
+
+def command_of(backend: str, processes: int, config_file: Path) -> list[str]:
+    """The launcher's command, as a user would type it."""
+    job = ["digrap_scale", "train", str(config_file)]
+    if backend.startswith("zero"):
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(_free_port())]
+        return [sys.executable, "-m", *launcher, "--module", *job]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    return [sys.executable, "-m", *launcher, *job]
+
+
+def launch(command: list[str], processes: int, name: str) -> None:
+    """Run ``command`` to its end, its lines on our terminal.
+
+    Raises:
+        PeerError: it failed.
+    """
+    environment = dict(os.environ)
+    # The launchers start `python` and ninja by name: the environment's own come first.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if subprocess.run(command, env=environment, check=False).returncode != 0:
+        raise PeerError(f"demo: the run {name!r} failed; its lines above say why")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

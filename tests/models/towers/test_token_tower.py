@@ -1,0 +1,73 @@
+"""The tower of tokens: the map's places in order, the same weights, and LLaVA around it through the Auto classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from digrap_scale.models.towers import (
+    EfficientNetLiteConfig,
+    EfficientNetLiteModel,
+    EfficientNetLiteTokensConfig,
+    EfficientNetLiteTokensModel,
+)
+from tests.models.tiny import SMALL_STAGES
+
+SIZES = {"stages": SMALL_STAGES, "stem_channels": 4, "hidden_size": 16}
+
+
+def test_tokens_are_the_map_row_by_row() -> None:
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(EfficientNetLiteTokensConfig(**SIZES)).eval()
+    assert isinstance(tower, EfficientNetLiteTokensModel)
+    plain = EfficientNetLiteModel(EfficientNetLiteConfig(**SIZES)).eval()
+    plain.load_state_dict(tower.state_dict())
+    pixels = torch.randn(2, 3, 12, 20)
+    tokens, feature_map = tower(pixels).last_hidden_state, plain(pixels).last_hidden_state
+    batch, channels, height, width = feature_map.shape
+    assert tokens.shape == (batch, height * width, channels) and height != width
+    for row in range(height):
+        for column in range(width):
+            assert torch.equal(tokens[:, row * width + column], feature_map[:, :, row, column])
+
+
+def test_hidden_states_are_given_when_asked_for() -> None:
+    tower = EfficientNetLiteTokensModel(EfficientNetLiteTokensConfig(**SIZES)).eval()
+    pixels = torch.zeros(1, 3, 8, 8)
+    assert tower(pixels).hidden_states is None and tower(pixels, output_hidden_states=False).hidden_states is None
+    for asked in (True, -1, [-1]):  # LLaVA asks by layer number
+        output = tower(pixels, output_hidden_states=asked)
+        assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    with pytest.raises(IndexError):
+        tower(pixels, output_hidden_states=-2).hidden_states[-2]
+
+
+def test_llava_takes_it_and_reads_it_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    config = LlavaConfig(
+        vision_config=EfficientNetLiteTokensConfig(**SIZES),
+        text_config=text,
+        image_token_index=19,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert isinstance(again.model.vision_tower, EfficientNetLiteTokensModel)
+    ids = torch.tensor([[1, 19, 19, 19, 19, 5, 6]])
+    pixels = torch.randn(1, 3, 8, 8)  # stride 4: 2 × 2 tokens
+    told = model(input_ids=ids, pixel_values=pixels).logits
+    assert torch.equal(told, again(input_ids=ids, pixel_values=pixels).logits)
+    assert not torch.equal(told, model(input_ids=ids, pixel_values=pixels + 1).logits)

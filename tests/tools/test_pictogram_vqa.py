@@ -1,0 +1,125 @@
+"""The tools of Pictogram-VQA: determinism with hashes, pre-training's samples, the small VLM's parts."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+pytest.importorskip("resvg_py")
+
+import align_pictogram_vlm as align  # noqa: E402
+import make_pictogram_vqa as make  # noqa: E402
+import pictogram_tiles as tiles_of  # noqa: E402
+import pictogram_vlm as vlm  # noqa: E402
+import pictogram_vqa_far as far  # noqa: E402
+import pictograms as pg  # noqa: E402
+
+from digrap_scale.data.shards import write_shards  # noqa: E402
+from digrap_scale.demo import scenes  # noqa: E402
+
+
+def drawn() -> dict[str, dict[str, Image.Image]]:
+    """Flat squares in two styles for every training concept."""
+    split = pg.make_split()
+    train = sorted(set(split.label) - split.test)
+    return {
+        style: {concept: Image.new("RGB", (64, 64), colour) for concept in train}
+        for style, colour in (("noto", "red"), ("twemoji", "blue"))
+    }
+
+
+def test_pretraining_is_deterministic_and_knows_no_held_out_concept(tmp_path: Path) -> None:
+    split = pg.make_split()
+    squares = drawn()
+    made = list(make.pretraining_samples(squares, split.label, 200))
+    assert made[150] == list(make.pretraining_samples(squares, split.label, 151))[150]
+    manifests = [write_shards(made, tmp_path / name, prefix="p", samples_per_shard=100) for name in ("a", "b")]
+    assert manifests[0] == manifests[1] and len(manifests[0].shards) == 2
+    assert not {concept for sample in made for concept in sample["meta"]["concepts"] if concept} & split.test
+    kinds = {sample["meta"]["question_type"] for sample in made}
+    assert kinds == {*scenes.QUESTION_TYPES, "caption"}
+    reworded = {text.format(cell=".+", noun=".+", nouns=".+", a_noun=".+") for forms in [scenes.WORDINGS["reworded"]]
+                for ones in forms.values() for text in ones}  # fmt: skip
+    assert not any(sample["meta"]["question"] in reworded for sample in made)
+
+
+def test_variations_keep_size_and_drop_colour() -> None:
+    tile = Image.new("RGB", (64, 64), "white")
+    tile.paste("red", (16, 16, 48, 48))
+    kinds = set()
+    for seed in range(60):
+        varied = tiles_of.vary(tile, random.Random(seed))
+        assert varied.size == tile.size and varied.mode == "RGB"
+        if varied == tile:
+            kinds.add("as it is")
+            continue
+        red, green, blue = varied.split()
+        assert red.tobytes() == green.tobytes() == blue.tobytes()
+        inside = varied.getpixel((32, 32))[0]
+        kinds.add("outline" if inside == 255 else "grey")
+        assert varied.getpixel((2, 2)) == (255, 255, 255)
+    assert kinds == {"as it is", "outline", "grey"}
+
+
+def test_every_word_that_can_be_said_is_in_the_vocabulary() -> None:
+    tokenizer = vlm.make_tokenizer()
+    split = pg.make_split()
+    texts = [scenes.words(concept) for concept in split.label]
+    for forms in scenes.WORDINGS.values():
+        for form, wordings in forms.items():
+            for noun in (*scenes.NOUNS.values(), scenes.THINGS):
+                question = scenes.Question("", form, noun, scenes.CELLS[3], "")
+                texts += [scenes.word(question, wording) for wording in wordings]
+    texts += [scenes.describe(("axe", None, "owl", "bus"), split.label, what) for what in scenes.CAPTIONS]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.unk_token_id not in ids, text
+        assert ids[0] == tokenizer.bos_token_id
+    words = "wine glass"
+    assert tokenizer.decode(tokenizer(words)["input_ids"], skip_special_tokens=True) == words
+    assert len(set(vlm.vocabulary())) == len(vlm.vocabulary())
+
+
+def test_processor_writes_llavas_turns() -> None:
+    processor = vlm.make_processor()
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where is the owl?"}]}
+    told = {"role": "assistant", "content": [{"type": "text", "text": "top left"}]}
+    prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
+    assert prompt == "USER: <image>\nwhere is the owl? ASSISTANT:"
+    assert processor.apply_chat_template([asked, told]) == f"{prompt} top left</s>"
+    ids = processor(images=[Image.new("RGB", (128, 128))], text=[prompt], return_tensors="pt")["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<image>")) == vlm.IMAGE_TOKENS == 16
+    # The first phase packs several turns; its first one is what the template gives.
+    packed, labels = align.encode(processor, [("where is the owl?", "top left"), ("is there a bird?", "yes")])
+    assert packed[: len(ids)] == ids
+    supervised = [token for token, label in zip(packed, labels, strict=True) if label != align.IGNORED]
+    assert processor.tokenizer.decode(supervised) == "top left </s> yes </s>"
+
+
+def test_tiles_are_put_together_in_the_towers_order() -> None:
+    features = align.TileFeatures.__new__(align.TileFeatures)
+    import torch
+
+    # Four tiles of four tokens, each token telling tile and place.
+    features.tokens_VNC = torch.arange(16.0).reshape(4, 4, 1).bfloat16()
+    tokens = features.tokens(torch.tensor([[0, 1, 2, 3]])).reshape(4, 4)
+    assert tokens.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_answers_of_easy_vqa_tell_their_type() -> None:
+    assert [far.easy_type(answer) for answer in ("yes", "triangle", "teal")] == ["yes/no", "shape", "color"]
+
+
+def test_fetched_file_of_another_hash_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thing-1.whl").write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match="SHA-256"):
+        far.fetched(["false"], tmp_path, "thing-*.whl", "0" * 64)
+    with pytest.raises(RuntimeError, match="failed"):
+        far.fetched(["false"], tmp_path, "other-*.whl", "0" * 64)

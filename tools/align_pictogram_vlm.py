@@ -1,0 +1,219 @@
+"""First phase of the small VLM's pre-training: projector and language model on top of the frozen image tower.
+
+    python tools/align_pictogram_vlm.py --foundation FOLDER --packages FOLDER --out FOLDER [--steps 1000]
+
+The tower sees every pictogram of the training concepts alone, in ``VARIANTS`` variations a style, once; a page's image
+tokens are then put together from those of its four cells. (In a whole page neighbouring cells also see each other:
+that is left to the second phase, ``configs/pretrain/pictogram_vlm.yaml``.) A page is asked for its captions and one
+question of every type in one dialogue; the answers are supervised. Writes a Hugging Face folder and ``align.jsonl``.
+"""
+
+# B pages, V tiles, N tokens a cell, C channels, T text tokens
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pictogram_tiles as tiles
+import pictogram_vlm as vlm
+import pictograms as pg
+
+from digrap_scale.demo import scenes
+
+SEED = 0
+VARIANTS = 4
+BATCH_PAGES = 32
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.05
+WARMUP_STEPS = 50
+MAX_GRAD_NORM = 1.0
+IGNORED = -100
+CELL_SIDE = scenes.TILE // vlm.TOKEN_PIXELS  # tokens along a cell's side
+GRID = vlm.PAGE // vlm.TOKEN_PIXELS
+
+
+class TileFeatures:
+    """The frozen tower's tokens of every training pictogram.
+
+    Attributes:
+        tokens_VNC: bfloat16; the last tile is an empty cell.
+        rows: (style, concept) → rows of ``tokens_VNC``.
+        concepts: style → class → concepts.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, packages: Path) -> None:
+        split = pg.make_split()
+        train = set(split.label) - split.test
+        rng = random.Random(SEED)
+        images = []
+        self.rows: dict[tuple[str, str], list[int]] = {}
+        self.concepts: dict[str, dict[str, list[str]]] = {}
+        for style in pg.ALIGNMENT_STYLES:
+            drawn = tiles.render_tiles(style, packages, train)
+            self.concepts[style] = tiles.concepts_of(split, "train", set(drawn))
+            for concept, tile in drawn.items():
+                for variant in range(VARIANTS):
+                    cell: scenes.Scene = (concept, None, None, None)
+                    varied = tile if variant == 0 else tiles.vary(tile, rng)
+                    page = scenes.compose(rng, cell, lambda _, varied=varied: varied)
+                    self.rows.setdefault((style, concept), []).append(len(images))
+                    images.append(page.crop((0, 0, scenes.TILE, scenes.TILE)))
+        images.append(pg.Image.new("RGB", (scenes.TILE, scenes.TILE), "white"))
+        size = {"height": scenes.TILE, "width": scenes.TILE}
+        parts = []
+        for start in range(0, len(images), 64):
+            pixels = processor.image_processor(images=images[start : start + 64], size=size, return_tensors="pt")
+            with torch.no_grad():
+                parts.append(model.model.vision_tower(pixels["pixel_values"]).last_hidden_state.bfloat16())
+        self.tokens_VNC = torch.cat(parts)
+
+    def page(self, rng: random.Random) -> tuple[scenes.Scene, list[int]]:
+        """A scene and its four rows of tiles; half of the pages are of one style, half mix them."""
+        styles = sorted(self.concepts)
+        first = rng.choice(styles)
+        scene = scenes.draw_scene(rng, self.concepts[first])
+        mixed = rng.random() < 0.5
+        rows = []
+        for concept in scene:
+            if concept is None:
+                rows.append(len(self.tokens_VNC) - 1)
+                continue
+            drawing = [style for style in styles if (style, concept) in self.rows] if mixed else [first]
+            rows.append(rng.choice(self.rows[rng.choice(drawing), concept]))
+        return scene, rows
+
+    def tokens(self, rows_B4: torch.Tensor) -> torch.Tensor:
+        """Image tokens of pages, in the order in which the tower would give them: [B, GRID², C] float32."""
+        cells = self.tokens_VNC[rows_B4].float()
+        batch, channels = cells.shape[0], cells.shape[-1]
+        grid = cells.reshape(batch, 2, 2, CELL_SIDE, CELL_SIDE, channels)
+        return grid.permute(0, 1, 3, 2, 4, 5).reshape(batch, GRID * GRID, channels)
+
+
+def dialogue(scene: scenes.Scene, kinds: scenes.Kinds, rng: random.Random) -> list[tuple[str, str]]:
+    """Question and answer pairs about one page: both captions, and a question of each type, in any order."""
+    turns = [(text, scenes.describe(scene, kinds, what)) for what, text in scenes.CAPTIONS.items()]
+    for question_type in (*scenes.QUESTION_TYPES, "yes/no", "category"):
+        asked = scenes.questions(scene, kinds, question_type)
+        if not asked:
+            continue
+        answer = rng.choice(sorted({question.answer for question in asked}))
+        question = rng.choice([question for question in asked if question.answer == answer])
+        wordings = [*scenes.WORDINGS["standard"][question.form], *scenes.WORDINGS["varied"][question.form]]
+        turns.append((scenes.word(question, rng.choice(wordings)), question.answer))
+    rng.shuffle(turns)
+    return turns
+
+
+def encode(processor: LlavaProcessor, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """A dialogue's tokens and labels; the labels of everything but answers and their ends are ``IGNORED``."""
+    tokenizer = processor.tokenizer
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    for number, (question, answer) in enumerate(turns):
+        image = vlm.IMAGE * vlm.IMAGE_TOKENS if number == 0 else ""
+        asked, told = ids_of(f"USER: {image}\n{question} ASSISTANT:"), ids_of(answer + vlm.EOS)
+        ids += asked + told
+        labels += [IGNORED] * len(asked) + told
+    return ids, labels
+
+
+def batches(features: TileFeatures, processor: LlavaProcessor, steps: int) -> Iterator[dict[str, torch.Tensor]]:
+    """``steps`` batches: ``input_ids``, ``labels`` and ``attention_mask`` [B, T], ``image_tokens`` [B, GRID², C]."""
+    kinds = pg.make_split().label
+    pad = processor.tokenizer.pad_token_id
+    for step in range(steps):
+        rng = random.Random(f"{SEED}/{step}")
+        pages = [features.page(rng) for _ in range(BATCH_PAGES)]
+        encoded = [encode(processor, dialogue(scene, kinds, rng)) for scene, _ in pages]
+        longest = max(len(ids) for ids, _ in encoded)
+        rows = [
+            (ids + [pad] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids))) for ids, labels in encoded
+        ]
+        lengths = torch.tensor([len(ids) for ids, _ in encoded])
+        yield {
+            "input_ids": torch.tensor([ids for ids, _ in rows]),
+            "labels": torch.tensor([labels for _, labels in rows]),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            "image_tokens": features.tokens(torch.tensor([tile_rows for _, tile_rows in pages])),
+        }
+
+
+def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross entropy of the supervised tokens, with the image's tokens in place of the tower's."""
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    seen = model.model.multi_modal_projector(batch["image_tokens"])
+    holes = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
+    embedded = embedded.masked_scatter(holes, seen)
+    return model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+
+
+def rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to 0; the share of ``LEARNING_RATE`` at ``step``."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+
+
+def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
+    """Run the phase and write model, processor and log into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    model, processor = vlm.make_model(foundation, SEED).eval(), vlm.make_processor()
+    features = TileFeatures(model, processor, packages)
+    model.model.vision_tower.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    with open(out / "align.jsonl", "w", encoding="utf-8") as log:
+        for step, batch in enumerate(batches(features, processor, steps)):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps)
+            loss = loss_of(model, batch)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 25 == 24 or step == 0:
+                line: dict[str, Any] = {
+                    "step": step + 1,
+                    "loss": round(loss.item(), 4),
+                    "grad_norm": round(norm.item(), 3),
+                }
+                line["seconds"] = round(time.monotonic() - started, 1)
+                print(json.dumps(line), file=log, flush=True)
+                print(json.dumps(line), flush=True)
+    model.model.vision_tower.requires_grad_(True)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--foundation", type=Path, required=True, help="the CLIP-style foundation model's folder")
+    parser.add_argument("--packages", type=Path, required=True, help="where the pictogram packages are kept")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    align(options.foundation, options.packages, options.out, options.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

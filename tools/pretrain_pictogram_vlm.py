@@ -1,0 +1,189 @@
+"""The whole recipe of the small VLM: shards, first and second phase, keep, score.
+
+    python tools/pretrain_pictogram_vlm.py [--packages runs/packages] [--out FOLDER] [--align-steps N] [key=value …]
+
+Needs npm and resvg-py, and a registry for the first run. The second phase is
+``digrap-scale train configs/pretrain/pictogram_vlm.yaml`` (overrides are passed on); paths lie under
+``runs/pictogram_vlm``. ``--from keep`` starts at a later step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pictogram_vlm as vlm
+from pretrain_foundation import ROOT, run_python
+
+import digrap_scale.models.towers  # noqa: F401  (makes the image tower known to transformers)
+
+CONFIG = "configs/pretrain/pictogram_vlm.yaml"
+WORK = Path("runs/pictogram_vlm")
+ASSETS = Path("digrap_scale/demo/assets")
+STEPS = ("shards", "align", "train", "keep", "score")
+PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pillow", "resvg_py")
+WEIGHTS_FILE = "model.safetensors"
+SCORED_SAMPLES = 500
+# The sets that tell of pre-training: name → whether its style was seen.
+SCORED = {
+    "colour-styles": "seen",
+    "older-styles": "seen",
+    "id": "unseen (high contrast)",
+    "other-line-style": "unseen (monotone)",
+    "outlined-style": "unseen (openmoji)",
+    "reworded": "unseen (high contrast), reworded questions",
+    "colour-reworded": "seen, reworded questions",
+    "photos": "photographs",
+    "easy-vqa": "easy-vqa",
+}
+
+
+def keep(run: Path, out: Path) -> None:
+    """Write ``run``'s final model into ``out``: parameters in bfloat16, BatchNorm's statistics in float32.
+
+    Raises:
+        SystemExit: the run has no final weights.
+    """
+    if not (run / "final" / WEIGHTS_FILE).exists():
+        raise SystemExit(f"error: {run / 'final' / WEIGHTS_FILE}: not found; let the run finish first")
+    model = AutoModelForImageTextToText.from_pretrained(run / "final", dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(out)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = "float32"  # computed in float32; only the file is smaller
+    model.config.save_pretrained(out)
+    (out / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
+    vlm.make_processor().save_pretrained(out)
+
+
+def recipe(out: Path, scores: dict[str, Any], log: list[str], align_log: list[str]) -> str:
+    """RECIPE.md: what was done, versions, hash, accuracy, and lines of both logs."""
+    digest = hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest()
+    versions = "\n".join(f"- {name} {version(name)}" for name in PACKAGES)
+    size = (out / WEIGHTS_FILE).stat().st_size
+    return f"""# How this model was made
+
+A LLaVA (`LlavaForConditionalGeneration` of transformers) of 5.6 M parameters: the EfficientNet-Lite0 image tower of the
+foundation model beside it (`../foundation`), LLaVA's two-layer projector, and a Llama of 4 layers, 192 wide, with tied
+embeddings of {len(vlm.vocabulary())} words. A page of 128 × 128 pixels gives {vlm.IMAGE_TOKENS} image tokens.
+
+Pre-training, on pages of one to four pictograms (`docs/pictogram_vqa.md`) in the styles noto, noto-v1, twemoji,
+fluent-emoji, fluent-emoji-flat and emojione, some of them turned into greys or outlines; training concepts only:
+
+1. projector and language model on the frozen tower, whose tokens of each pictogram are computed once
+   (`tools/align_pictogram_vlm.py`; its constants are the hyper-parameters);
+2. everything, on whole pages, through `digrap-scale train {CONFIG}`.
+
+`fluent-emoji-high-contrast` (the style that the demo fine-tunes on), `emojione-monotone` and `openmoji` were never seen,
+nor were the held-out concepts in any style.
+
+One command, from the repository's root (npm fetches the pictograms):
+
+    python tools/pretrain_pictogram_vlm.py
+
+Weights are stored in bfloat16, BatchNorm's running statistics in float32; {size / 1e6:.1f} MB.
+
+`{WEIGHTS_FILE}` SHA-256: `{digest}`
+
+## Versions
+
+{versions}
+
+## Accuracy
+
+Greedy answers, exact match, {SCORED_SAMPLES} samples a set. "what" is asked about training concepts in new pages, all
+else about held-out concepts. Prior: the most frequent answer to that type in the fine-tuning set, whose skew the ID set
+shares.
+
+{accuracy_table(scores)}
+
+## From the logs
+
+First phase:
+
+```
+{chr(10).join(picked(align_log))}
+```
+
+Second phase:
+
+```
+{chr(10).join(picked(log))}
+```
+"""
+
+
+def picked(lines: list[str], count: int = 10) -> list[str]:
+    """``count`` lines, spread evenly, the first and the last among them."""
+    if len(lines) <= count:
+        return lines
+    return [lines[round(index * (len(lines) - 1) / (count - 1))] for index in range(count)]
+
+
+def accuracy_table(scores: dict[str, Any]) -> str:
+    """Markdown: a row a set, "accuracy (prior)" in per cent for each question type."""
+    kinds = ("what", "where", "how many", "yes/no", "category", "all")
+    lines = ["| set | style | " + " | ".join(kinds) + " |", "|---|---|" + "--:|" * len(kinds)]
+    for name, style in SCORED.items():
+        if name not in scores:
+            continue
+        cells = []
+        for kind in kinds:
+            row = scores[name].get(kind)
+            share = 100 / row["samples"] if row else 0
+            cells.append(f"{row['right'] * share:.1f} ({row['prior'] * share:.1f})" if row else "–")
+        lines.append(f"| {name} | {style} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where fetched packages are kept")
+    parser.add_argument("--out", type=Path, default=ASSETS / "pictogram_vlm", help="folder to write")
+    parser.add_argument("--align-steps", type=int, default=600, help="steps of the first phase")
+    parser.add_argument("--from", dest="first", choices=STEPS, default=STEPS[0], help="step to start at")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, passed on to the second phase")
+    options = parser.parse_args(arguments)
+    packages, out = str(options.packages.resolve()), options.out.resolve()
+    steps = STEPS[STEPS.index(options.first) :]
+    make = "tools/make_pictogram_vqa.py"
+    if "shards" in steps:
+        run_python(make, "pretraining", "--packages", packages, "--out", f"{WORK}/shards")
+    if "align" in steps:
+        count = ("--steps", str(options.align_steps))
+        paths = ("--foundation", str(ASSETS / "foundation"), "--packages", packages, "--out", f"{WORK}/start")
+        run_python("tools/align_pictogram_vlm.py", *paths, *count)
+    if "train" in steps:
+        run_python("-m", "digrap_scale", "train", CONFIG, *options.overrides)
+    if "keep" in steps:
+        keep(ROOT / WORK / "run", out)
+    sets, scores = f"{WORK}/sets", f"{WORK}/scores.json"
+    samples = ("--samples", str(SCORED_SAMPLES))
+    run_python(make, "sets", "--packages", packages, "--out", sets, "--train-samples", "2000", *samples)
+    run_python(make, "far", "--packages", packages, "--out", sets, *samples)
+    told = ("--model", str(out), "--sets", sets, "--json", scores, "--names", *SCORED)
+    run_python("tools/score_pictogram_vqa.py", *told)
+    logs = [
+        (ROOT / WORK / name).read_text(encoding="utf-8").splitlines()
+        for name in ("run/metrics.jsonl", "start/align.jsonl")
+    ]
+    table = json.loads((ROOT / scores).read_text(encoding="utf-8"))
+    (out / "RECIPE.md").write_text(recipe(out, table, *logs), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
