@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from digrap_scale.checkpoint.formats import huggingface, universal, zero
+from digrap_scale.checkpoint.formats import adapter, dcp, huggingface, ours, universal, zero
 from digrap_scale.checkpoint.formats.base import Source, WriteOptions
 from digrap_scale.errors import CheckpointError
 
 # Name → (is this path one of them, open it). The first that says yes is taken: more special ones come first.
 READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
+    "digrap-scale": (ours.detect, ours.read),
     "universal": (universal.detect, universal.read),
     "zero": (zero.detect, zero.read),
+    "dcp": (dcp.detect, dcp.read),
+    "adapter": (adapter.detect, adapter.read),
     "safetensors": (huggingface.detect, huggingface.read),
 }
 # Name → write into an empty folder.
 WRITERS: dict[str, Callable[[Source, Path, WriteOptions], None]] = {
     "safetensors": huggingface.write,
+    "dcp": dcp.write,
 }
 
 

@@ -36,15 +36,16 @@ def tensors_of(path: Path, stem: str = STEM) -> dict[str, LazyTensor]:
 
 
 def write(source: Source, folder: Path, options: WriteOptions) -> None:
-    """One file, or several with an index, and the source's companions; what the source keeps once is written once."""
+    """One file, or several with an index, and the source's companions; what the source keeps once is written once.
+
+    Raises:
+        SaveError: a file cannot be written.
+    """
     if source.companions is not None:
         copy_companions(source.companions, folder)
-    write_tensors(source, folder, options)
-
-
-def write_tensors(source: Source, folder: Path, options: WriteOptions, stem: str = STEM) -> None:
-    """The weights alone. Raises: SaveError."""
-    shards = plan_shards(source.tensors, options.max_shard_bytes, stem)
+    stem = source.metadata.get("stem", STEM)
+    # PEFT reads an adapter from one file only.
+    shards = plan_shards(source.tensors, options.max_shard_bytes if stem == STEM else source.nbytes, stem)
     # As safetensors' own save_model notes what it leaves out.
     metadata = {alias: name for alias, name in source.aliases.items() if name in source.tensors}
     for file_name, names in shards.items():
