@@ -57,7 +57,9 @@ class Entry:
     def dtype(self) -> torch.dtype:
         """Raises CheckpointError: a dtype that torch cannot hold."""
         if self.code not in DTYPES:
-            raise CheckpointError(f"{self.file}: dtype {self.code} is not supported; expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{self.file}: dtype {self.code} is not supported; expected one of {', '.join(DTYPES)}"
+            )
         return DTYPES[self.code]
 
     @property

@@ -85,7 +85,9 @@ def _check(to: str, world_size: int | None, dtype: str | None, max_shard_bytes: 
     if dtype is not None and dtype not in DTYPES:
         problems.append(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if to == "zero" and dtype not in (None, "float32"):
-        problems.append(f"--dtype {dtype}: ZeRO's checkpoints hold float32 masters; remove it (the engine casts by itself)")
+        problems.append(
+            f"--dtype {dtype}: ZeRO's checkpoints hold float32 masters; remove it (the engine casts by itself)"
+        )
     if max_shard_bytes < 1:
         problems.append(f"--max-shard-bytes {max_shard_bytes}: expected at least 1")
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
@@ -138,7 +140,13 @@ def digest(tensor: LazyTensor, advance: Callable[[int], None] = lambda count: No
 
 @contextmanager
 def _bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not show) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)

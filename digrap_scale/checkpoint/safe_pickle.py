@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from digrap_scale.errors import CheckpointError
+from digrap_scale.safetensors_file import is_inside
 
 METADATA = ".metadata"
 
@@ -228,13 +229,6 @@ def _entry(raw: Any) -> TensorStorageMetadata | BytesStorageMetadata:
         size=_numbers(raw.size),
         chunks=[ChunkStorageMetadata(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in raw.chunks],
     )
-
-
-def is_inside(file_name: str) -> bool:
-    """Whether a file name that a checkpoint gives stays in its folder, on any system."""
-    posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
-    absolute = posix.is_absolute() or windows.is_absolute() or windows.drive or windows.root
-    return not absolute and bool(posix.parts) and ".." not in (*posix.parts, *windows.parts)
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from digrap_scale.checkpoint.formats import adapter, dcp, huggingface, ours, universal, zero
+from digrap_scale.checkpoint.formats import adapter, dcp, huggingface, ours, universal, zero, zero_writer
 from digrap_scale.checkpoint.formats.base import Source, WriteOptions
 from digrap_scale.errors import CheckpointError
 
@@ -22,6 +22,7 @@ READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
 WRITERS: dict[str, Callable[[Source, Path, WriteOptions], None]] = {
     "safetensors": huggingface.write,
     "dcp": dcp.write,
+    "zero": zero_writer.write,
 }
 
 

@@ -168,7 +168,7 @@ class Files:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor; no copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _close_all(opened: OrderedDict[Path, int]) -> None:
@@ -212,7 +212,10 @@ def boxed(
         for other in full[position + 1 :]:
             if space and other.starts[0] >= box.starts[0] + box.sizes[0]:
                 break
-            if all(a < c + d and c < a + b for a, b, c, d in zip(box.starts, box.sizes, other.starts, other.sizes, strict=True)):
+            if all(
+                a < c + d and c < a + b
+                for a, b, c, d in zip(box.starts, box.sizes, other.starts, other.sizes, strict=True)
+            ):
                 raise CheckpointError(
                     f"{other.file}: {name}: parts at {list(box.starts)} and {list(other.starts)} overlap"
                 )

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint folders: ``.metadata`` and ``__R_K.distcp`` files, in which every chunk is a ``.pt`` of its own."""
+"""torch.distributed.checkpoint folders: ``.metadata`` and ``__R_K.distcp`` files, each chunk in them a ``.pt`` file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,13 @@ def tensors_of(folder: Path, metadata: Metadata, names: Mapping[str, str]) -> di
     if missing:
         raise CheckpointError(f"{folder / min(missing)}: missing; copy the whole checkpoint")
     files = Files()
-    return {name: _tensor(folder, metadata.state_dict_metadata[key], key, name, storage, files) for key, name in names.items()}
+    tensors = {}
+    for key, name in names.items():
+        entry = metadata.state_dict_metadata[key]
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{folder / METADATA}: {key}: expected a tensor, found another object")
+        tensors[name] = _tensor(folder, entry, key, name, storage, files)
+    return tensors
 
 
 def _weights(folder: Path, metadata: Metadata) -> dict[str, str]:
@@ -63,9 +69,7 @@ def _weights(folder: Path, metadata: Metadata) -> dict[str, str]:
     keys = [key for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)]
     nested = {key: tuple(map(str, paths.get(key, (key,)))) for key in keys}
     for section in _SECTIONS:
-        names = {
-            key: ".".join(path[path.index(section) + 1 :]) for key, path in nested.items() if section in path[:-1]
-        }
+        names = {key: ".".join(path[path.index(section) + 1 :]) for key, path in nested.items() if section in path[:-1]}
         if names:
             return names
     outer = {path[0] for path in nested.values() if len(path) > 1}
@@ -99,13 +103,24 @@ def _tensor(
                 f"{folder / METADATA}: {key} is stored transformed ({', '.join(info.transform_descriptors)}); save it plainly"
             )
         infos[starts] = info
-    boxed(name, shape, dtype, [Box(folder / infos[starts].relative_path, 0, starts, sizes) for starts, sizes in chunks], files)
+    boxed(
+        name,
+        shape,
+        dtype,
+        [Box(folder / infos[starts].relative_path, 0, starts, sizes) for starts, sizes in chunks],
+        files,
+    )
     opened: list[LazyTensor] = []
 
     def read_part(start: int, stop: int) -> torch.Tensor:
         if not opened:
             boxes = [
-                Box(folder / infos[starts].relative_path, _data_offset(folder, infos[starts], key, dtype, sizes), starts, sizes)
+                Box(
+                    folder / infos[starts].relative_path,
+                    _data_offset(folder, infos[starts], key, dtype, sizes),
+                    starts,
+                    sizes,
+                )
                 for starts, sizes in chunks
             ]
             opened.append(boxed(name, shape, dtype, boxes, files))
@@ -197,16 +212,12 @@ def _chunks(shape: tuple[int, ...], ranks: int) -> list[tuple[int, tuple[tuple[i
     ]
 
 
-def _write_chunk(
-    file: BinaryIO, path: Path, item: WriteItem, tensor: LazyTensor, options: WriteOptions
-) -> WriteResult:
+def _write_chunk(file: BinaryIO, path: Path, item: WriteItem, tensor: LazyTensor, options: WriteOptions) -> WriteResult:
     assert item.tensor_data is not None
     sizes, starts = tuple(item.tensor_data.chunk.sizes), tuple(item.tensor_data.chunk.offsets)
     row = tensor.numel // tensor.shape[0] if tensor.shape and tensor.shape[0] else 1
     first = starts[0] * row if starts else 0
-    part = LazyTensor(
-        tensor.name, sizes, tensor.dtype, lambda start, stop: tensor.read(first + start, first + stop)
-    )
+    part = LazyTensor(tensor.name, sizes, tensor.dtype, lambda start, stop: tensor.read(first + start, first + stop))
     beside = path.with_suffix(".skeleton")
     try:
         stored = save_skeleton(empty(sizes, tensor.dtype), beside)

@@ -24,13 +24,13 @@ def read(path: Path) -> Source:
     state = _committed(path)
     folder = path / "dcp"
     metadata = load_metadata(folder)
-    names = {
-        key: key.removeprefix(_PREFIX) for key in metadata.state_dict_metadata if key.startswith(_PREFIX)
-    }
+    names = {key: key.removeprefix(_PREFIX) for key in metadata.state_dict_metadata if key.startswith(_PREFIX)}
     wanted = {name for part in ("trained", "frozen", "buffers") for name in state.get(part, [])}
     if wanted != set(names.values()):
         lacking = sorted(wanted ^ set(names.values()))[0]
-        raise CheckpointError(f"{folder}: {lacking} is in only one of {_STATE} and .metadata; its files are not of one save")
+        raise CheckpointError(
+            f"{folder}: {lacking} is in only one of {_STATE} and .metadata; its files are not of one save"
+        )
     companions = path / "model"
     return Source(
         path,
@@ -53,7 +53,9 @@ def _committed(path: Path) -> dict[str, Any]:
         for name, entry in json.loads(sums)["files"].items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != entry["bytes"]:
-                raise CheckpointError(f"{path / name}: expected {entry['bytes']} bytes, found {found}; take an older step")
+                raise CheckpointError(
+                    f"{path / name}: expected {entry['bytes']} bytes, found {found}; take an older step"
+                )
         state: dict[str, Any] = json.loads((path / _STATE).read_text())
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error

@@ -45,7 +45,9 @@ def tag_folder(path: Path, latest: str = "latest") -> Path | None:
     if not is_inside(tag):
         raise CheckpointError(f"{path / latest}: names the tag {tag!r}; expected a folder beside it")
     if not (path / tag).is_dir():
-        raise CheckpointError(f"{path / latest}: names the tag {tag!r}, which is missing; name another tag's folder instead")
+        raise CheckpointError(
+            f"{path / latest}: names the tag {tag!r}, which is missing; name another tag's folder instead"
+        )
     return path / tag
 
 
@@ -71,8 +73,10 @@ def read(path: Path) -> Source:
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     flat = [_flat_groups(state.get(key), file, key) for state, file in zip(states, ranks, strict=True)]
     cut = _stage3 if stage == 3 else _stage12
-    masters = {name: boxed(name, shape, torch.float32, boxes, files, [math.prod(shape)])
-               for name, shape, boxes in cut(model, flat, states)}
+    masters = {
+        name: boxed(name, shape, torch.float32, boxes, files, [math.prod(shape)])
+        for name, shape, boxes in cut(model, flat, states)
+    }
     return Source(path, "zero", model.all_tensors(masters), aliases=model.shared, metadata={"stage": stage})
 
 
@@ -141,11 +145,15 @@ def _stage3(
     for name, shape in shapes.items():
         numel = math.prod(shape)
         width = -(-numel // ranks)
-        yield name, shape, [
-            box
-            for rank, parts in enumerate(flat)
-            for box in _overlap(parts, bounds[rank], start, max(0, min(width, numel - rank * width)), rank * width)
-        ]
+        yield (
+            name,
+            shape,
+            [
+                box
+                for rank, parts in enumerate(flat)
+                for box in _overlap(parts, bounds[rank], start, max(0, min(width, numel - rank * width)), rank * width)
+            ],
+        )
         start += width
     _equal(model.folder, "elements of a rank", start, *(bound[-1] for bound in bounds))
 
@@ -170,13 +178,14 @@ def pt_offset(tensor: torch.Tensor, file: Path, name: str) -> int:
     """The byte of a ``.pt`` file where the data of a tensor loaded by ``load_pt(data=False)`` begin."""
     if not tensor.is_contiguous():
         raise CheckpointError(f"{file}: {name}: stored with strides {tensor.stride()}; expected a contiguous tensor")
-    start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    start = tensor.untyped_storage()._checkpoint_offset
+    assert start is not None  # set by a load without data
     return start + int(tensor.storage_offset()) * tensor.dtype.itemsize
 
 
 def _rank_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     """A file for every rank, in order, and no other."""
-    found = {}
+    found: dict[int, Path] = {}
     for file in folder.iterdir():
         match = pattern.fullmatch(file.name)
         if match is None:
@@ -187,7 +196,9 @@ def _rank_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
             )
         rank = int(match.group(1) or 0)
         if rank in found:
-            raise CheckpointError(f"{folder}: {found[rank].name} and {file.name} are both of rank {rank}; remove the stale one")
+            raise CheckpointError(
+                f"{folder}: {found[rank].name} and {file.name} are both of rank {rank}; remove the stale one"
+            )
         found[rank] = file
     missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if missing:
@@ -249,7 +260,9 @@ class ModelStates:
         return {name: tensors[name] for name in dict.fromkeys([*order, *tensors])}
 
 
-def pt_tensor(name: str, tensor: torch.Tensor, file: Path, files: Files, shape: Sequence[int] | None = None) -> LazyTensor:
+def pt_tensor(
+    name: str, tensor: torch.Tensor, file: Path, files: Files, shape: Sequence[int] | None = None
+) -> LazyTensor:
     """A whole tensor of a ``.pt`` file (flat ones may be given their shape). Raises: CheckpointError."""
     shape = tuple(tensor.shape if shape is None else shape)
     box = Box(file, pt_offset(tensor, file, name), (0,), (tensor.numel(),))
