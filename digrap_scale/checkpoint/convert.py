@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from digrap_scale.checkpoint.atomic import atomic_folder
 from digrap_scale.checkpoint.formats import WRITERS, open_source
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
+from digrap_scale.checkpoint.merge import merge_adapter
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,6 +27,7 @@ def convert(
     *,
     world_size: int | None = None,
     dtype: str | None = None,
+    merge_into: str | Path | None = None,
     companions: str | Path | None = None,
     max_shard_bytes: int = 4 << 30,
     verify: bool = False,
@@ -40,6 +42,7 @@ def convert(
         to: a format in ``formats.WRITERS``.
         world_size: ranks to write for (``zero``: needed; ``dcp``: files to cut into, 1 by default).
         dtype: of all floating-point tensors (a name in ``DTYPES``); by default as stored. ZeRO's are float32 always.
+        merge_into: ``source`` is a LoRA adapter, and this its base: the merged weights are written.
         companions: a folder whose config, processor and tokenizer files go with the weights (default: the source's own).
         max_shard_bytes: largest safetensors file (a larger tensor gets a file of its own).
         verify: read the result again with its format's reader, and compare every tensor's SHA-256 with the source's.
@@ -57,6 +60,12 @@ def convert(
     out = Path(out)
     _check(to, world_size, dtype, max_shard_bytes, Path(source), out)
     opened = open_source(source)
+    if merge_into is not None:
+        if opened.format != "adapter":
+            raise ConfigError(
+                f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}); name the adapter first"
+            )
+        opened = merge_adapter(open_source(merge_into), opened)
     if companions is not None:
         if not Path(companions).is_dir():
             raise ConfigError(f"--companions {companions}: expected a folder with config and processor files")
