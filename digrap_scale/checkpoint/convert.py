@@ -16,7 +16,10 @@ from digrap_scale.checkpoint.formats import WRITERS, open_source
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
 from digrap_scale.checkpoint.merge import merge_adapter
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
+from digrap_scale.file_names import names_by_config
 
+# Formats that are loaded by the model's own names, not by transformers.
+_BY_MODULE = ("dcp", "zero")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,6 +69,8 @@ def convert(
                 f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}); name the adapter first"
             )
         opened = merge_adapter(open_source(merge_into), opened)
+    if opened.format == "safetensors" and to in _BY_MODULE:
+        opened = _module_names(opened)
     if companions is not None:
         if not Path(companions).is_dir():
             raise ConfigError(f"--companions {companions}: expected a folder with config and processor files")
@@ -103,6 +108,14 @@ def _check(to: str, world_size: int | None, dtype: str | None, max_shard_bytes: 
         problems.append(f"{out}: the output would take the place of the source; choose another folder")
     if problems:
         raise ConfigError(problems)
+
+
+def _module_names(source: Source) -> Source:
+    """A file's tensors under the names that they have in the model, its tied weights known."""
+    names, tied = names_by_config(source.companions or source.path, source.tensors)
+    renamed = source.renamed({file_name: name for name, file_name in names.items()})
+    known = {alias: name for alias, name in tied.items() if name in renamed.tensors and alias not in renamed.tensors}
+    return replace(renamed, aliases={**renamed.aliases, **known})
 
 
 def _cast(source: Source, dtype: torch.dtype | None) -> Source:
