@@ -122,14 +122,7 @@ def load_all(folders: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()
-                if parameter.ndim == 0:
-                    # DeepSpeed cannot send 0-d parameters; it partitions them as 1-d ones (see ZeroEngine)
-                    parameter.data = parameter.data.view(1)
-        scalars = [key for key, parameter in model.named_parameters() if key == "logit_scale"]
         engine = make_engine(model, 3, precision)
-        for key, parameter in engine.module.named_parameters():
-            if key in scalars:
-                parameter.ds_shape = torch.Size(())
         engine.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False)
         loaded[name] = whole_weights(engine)
         with_optimizer = "loaded"
