@@ -6,6 +6,7 @@ from pathlib import Path
 
 from digrap_scale.checkpoint.formats.base import Source
 from digrap_scale.checkpoint.formats.huggingface import tensors_of
+from digrap_scale.safetensors_file import read_headers
 
 STEM = "adapter_model"
 CONFIG = "adapter_config.json"
@@ -17,4 +18,4 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> Source:
     """Raises: CheckpointError."""
-    return Source(path, "adapter", tensors_of(path, STEM), companions=path, metadata={"stem": STEM})
+    return Source(path, "adapter", tensors_of(read_headers(path, STEM)), companions=path, metadata={"stem": STEM})

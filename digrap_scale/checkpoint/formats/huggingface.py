@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from digrap_scale.checkpoint.atomic import save_error
 from digrap_scale.checkpoint.formats.base import Box, Files, LazyTensor, Source, WriteOptions, boxed, bytes_of
-from digrap_scale.safetensors_file import STEM, header_bytes, read_headers
+from digrap_scale.safetensors_file import STEM, Entry, header_bytes, read_headers
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".lock", ".distcp"}
 
@@ -21,17 +22,19 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> Source:
     """Raises: CheckpointError."""
-    return Source(path, "safetensors", tensors_of(path), companions=path if path.is_dir() else path.parent)
+    return Source(
+        path, "safetensors", tensors_of(read_headers(path)), companions=path if path.is_dir() else path.parent
+    )
 
 
-def tensors_of(path: Path, stem: str = STEM) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, an index or a folder. Raises: CheckpointError."""
+def tensors_of(headers: Mapping[str, Entry]) -> dict[str, LazyTensor]:
+    """The tensors of open safetensors files. Raises: CheckpointError."""
     files = Files()
     return {
         name: boxed(
             name, entry.shape, entry.dtype, [Box(entry.file, entry.offset, (0,) * len(entry.shape), entry.shape)], files
         )
-        for name, entry in read_headers(path, stem).items()
+        for name, entry in headers.items()
     }
 
 
@@ -49,8 +52,7 @@ def write(source: Source, folder: Path, options: WriteOptions) -> None:
     # As safetensors' own save_model notes what it leaves out.
     metadata = {alias: name for alias, name in source.aliases.items() if name in source.tensors}
     for file_name, names in shards.items():
-        # Widest elements first keeps every tensor aligned to its element size, as safetensors itself does.
-        tensors = sorted((source.tensors[name] for name in names), key=lambda tensor: -tensor.dtype.itemsize)
+        tensors = aligned(source.tensors[name] for name in names)
         with (folder / file_name).open("wb") as file:
             try:
                 file.write(header_bytes({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}, metadata))
@@ -61,15 +63,26 @@ def write(source: Source, folder: Path, options: WriteOptions) -> None:
                 file.flush()  # so that a full disk shows here, with the file's name
             except OSError as error:
                 raise save_error(folder / file_name, error) from error
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": source.nbytes},
-            "weight_map": {name: file_name for file_name, names in shards.items() for name in names},
-        }
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, shards, source.nbytes, stem)
 
 
-def plan_shards(tensors: dict[str, LazyTensor], max_shard_bytes: int, stem: str = STEM) -> dict[str, list[str]]:
+def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total_bytes: int, stem: str = STEM) -> None:
+    """The index of several files; one file has none."""
+    if len(shards) < 2:
+        return
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {name: file_name for file_name, names in shards.items() for name in names},
+    }
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def aligned(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
+    """Widest elements first, which aligns every tensor to its element size, as safetensors itself does."""
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+
+
+def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int, stem: str = STEM) -> dict[str, list[str]]:
     """File name → tensor names in their order, each file within ``max_shard_bytes`` unless one tensor is larger."""
     shards: list[list[str]] = [[]]
     filled = 0
