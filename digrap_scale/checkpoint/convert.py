@@ -14,7 +14,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from digrap_scale.checkpoint.atomic import atomic_folder
 from digrap_scale.checkpoint.formats import WRITERS, open_source
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
-from digrap_scale.checkpoint.merge import merge_adapter
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.file_names import names_by_config
 
@@ -68,6 +67,8 @@ def convert(
             raise ConfigError(
                 f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}); name the adapter first"
             )
+        from digrap_scale.checkpoint.merge import merge_adapter  # brings PEFT along
+
         opened = merge_adapter(open_source(merge_into), opened)
     if opened.format == "safetensors" and to in _BY_MODULE:
         opened = _module_names(opened)

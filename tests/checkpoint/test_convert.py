@@ -207,8 +207,8 @@ def test_other_adapters_are_refused(tmp_path: Path, change: dict[str, Any], mess
         convert(tmp_path / "adapter", tmp_path / "out2", "safetensors", merge_into=tmp_path / "other")
 
 
-def optimizer_file(folder: Path, rank: int) -> Path:
-    return folder / "global_step0" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+def optimizer_file(folder: Path, rank: int, part: int = 0) -> Path:
+    return folder / "global_step0" / f"zero_pp_rank_{rank}_mp_rank_{part:02d}_optim_states.pt"
 
 
 def cut(path: Path) -> None:
@@ -230,7 +230,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("zero", lambda f: torch.save(Hostile(f / "proof"), optimizer_file(f, 0)), r"refused: it names (posix|os)\.system"),
     ("zero", lambda f: (f / "latest").write_text("../elsewhere"), "names the tag '../elsewhere'"),
     ("zero", lambda f: (f / "latest").write_text("global_step9"), "'global_step9', which is missing"),
-    ("zero", lambda f: shutil.move(optimizer_file(f, 0), optimizer_file(f, 0).with_name("zero_pp_rank_0_mp_rank_01_optim_states.pt")), "tensor or pipeline"),
+    ("zero", lambda f: optimizer_file(f, 0).rename(optimizer_file(f, 0, part=1)), "tensor or pipeline parallelism"),
     ("dcp", lambda f: (f / "__1_0.distcp").unlink(), r"__1_0\.distcp: missing"),
     ("dcp", lambda f: cut(f / "__1_0.distcp"), r"__1_0\.distcp"),
     ("dcp", drop_chunk, "a.weight: expected 15 elements, found 12 in its parts"),
