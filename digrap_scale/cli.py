@@ -78,6 +78,26 @@ def _parser() -> argparse.ArgumentParser:
         "--task", choices=("contrastive", "vqa"), default="contrastive",
         help="contrastive: the CLIP-style model on classes; vqa: the small VLM on questions",
     )  # fmt: skip
+    convert = verb("convert", _convert, "a checkpoint of any known format into another, streamed")
+    convert.add_argument(
+        "source", help="checkpoint: ours, DeepSpeed's (ZeRO, universal), DCP, Hugging Face, PEFT adapter"
+    )
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument("--to", required=True, help="safetensors, dcp or zero (ZeRO-3)")
+    convert.add_argument("--world-size", type=int, help="ranks to write for (zero: needed; dcp: files)")
+    convert.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    convert.add_argument("--merge-adapter", metavar="BASE", help="the source is a LoRA adapter: merge it into BASE")
+    convert.add_argument("--companions", help="folder whose config, processor and tokenizer files go with the weights")
+    convert.add_argument("--max-shard-bytes", type=int, default=4 << 30, help="largest safetensors file")
+    convert.add_argument("--verify", action="store_true", help="read the result again and compare hashes")
+    diff = verb("diff", _diff, "how far two checkpoints are apart, per tensor or layer")
+    diff.add_argument("a", help="checkpoint of any known format, such as the pre-trained weights")
+    diff.add_argument("b", help="another with the same tensors")
+    diff.add_argument("--by-layer", action="store_true", help="sum over the tensors of each layer")
+    diff.add_argument("--rows", type=int, help="print this many only, largest relative drift first")
+    diff.add_argument("--json", metavar="FILE", help="write the numbers, too")
+    diff.add_argument("--picture", metavar="FILE", help="draw them, too (.png, .pdf, .svg)")
+    demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
     demo.add_argument(
         "--backend", choices=("fsdp2", "zero1", "zero2", "zero3"), default="fsdp2", help="sharding backend"
@@ -126,6 +146,38 @@ def _index(options: argparse.Namespace) -> None:
         lines = index(options.shards, name=options.name, skip=options.skip_bad, processes=options.processes)
     for line in lines:
         print(line)
+def _convert(options: argparse.Namespace) -> None:
+    from digrap_scale.checkpoint.convert import convert
+
+    folder = convert(
+        options.source,
+        options.out,
+        options.to,
+        world_size=options.world_size,
+        dtype=options.dtype,
+        merge_into=options.merge_adapter,
+        companions=options.companions,
+        max_shard_bytes=options.max_shard_bytes,
+        verify=options.verify,
+        show_progress=sys.stderr.isatty(),
+    )
+    print(f"{options.source} → {folder} ({options.to}{', verified' if options.verify else ''})")
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from digrap_scale.checkpoint.diff import diff, write_json
+    from digrap_scale.checkpoint.diff_report import draw, show_table
+
+    drifts = diff(options.a, options.b, by_layer=options.by_layer)
+    show_table(drifts, Console(), options.rows)
+    if options.json:
+        write_json(Path(options.json), drifts)
+    if options.picture:
+        draw(Path(options.picture), drifts, f"{options.a} → {options.b}")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -10,8 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from digrap_scale.checkpoint.interpolate import INDEX, WEIGHTS, interpolate
+from digrap_scale.checkpoint.interpolate import interpolate
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def tensors(seed, dtype=torch.float32):

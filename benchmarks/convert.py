@@ -1,0 +1,115 @@
+"""Conversion's speed against copying the same bytes, and its peak memory.
+
+    python benchmarks/convert.py                       4 GiB of bfloat16 weights, every conversion twice
+    python benchmarks/convert.py --gigabytes 16 --folder /scratch
+
+Each conversion runs in a process of its own (peak memory: VmHWM; the resident size before it begins is told, too). A copy of its
+output (read, write, fsync, in pieces of 32 MiB) is timed right after it: the ratio of the two is the figure, as both share
+the machine's mood. Limits asked for: 2 × the largest tensor + 512 MiB, and 0.7 of a copy's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+LARGEST = 512 << 20
+PIECE = 32 << 20
+RUNS = [  # name, source, options; later ones read what earlier ones wrote
+    ("safetensors → safetensors", "source", {"to": "safetensors"}),
+    ("safetensors → safetensors, float32", "source", {"to": "safetensors", "dtype": "float32"}),
+    ("safetensors → dcp, 8 ranks", "source", {"to": "dcp", "world_size": 8}),
+    ("safetensors → zero, 8 ranks", "source", {"to": "zero", "world_size": 8}),
+    ("dcp → safetensors", "safetensors → dcp, 8 ranks", {"to": "safetensors"}),
+    ("zero → safetensors, bfloat16", "safetensors → zero, 8 ranks", {"to": "safetensors", "dtype": "bfloat16"}),
+    ("zero, 8 ranks → zero, 3 ranks", "safetensors → zero, 8 ranks", {"to": "zero", "world_size": 3}),
+]
+WORKER = """
+import json, sys, time
+from digrap_scale.checkpoint.convert import convert
+def size(key):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+source, out, options = json.loads(sys.argv[1])
+before = size("VmRSS")
+start = time.perf_counter()
+convert(source, out, **options)
+print(json.dumps({"seconds": time.perf_counter() - start, "before": before, "peak": size("VmHWM")}))
+"""
+
+
+def make(folder: Path, gigabytes: float) -> None:
+    """One tensor of 512 MiB, the rest of 64 MiB, in files of up to 2 GiB."""
+    sizes = [LARGEST, *[64 << 20] * max(0, int((gigabytes * 2**30 - LARGEST) / (64 << 20)))]
+    folder.mkdir()
+    index: dict[str, str] = {}
+    held: dict[str, torch.Tensor] = {}
+    for number, size in enumerate(sizes):
+        held[f"layers.{number}.weight"] = torch.randint(0, 1 << 15, (size // 8192, 4096), dtype=torch.int16).view(
+            torch.bfloat16
+        )
+        if sum(tensor.nbytes for tensor in held.values()) >= 2 << 30 or number + 1 == len(sizes):
+            file = f"model-{number:05d}.safetensors"
+            save_file(held, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(held, file))
+            held = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def copy(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as read, place.open("wb") as write:
+            shutil.copyfileobj(read, write, PIECE)
+            write.flush()
+            os.fsync(write.fileno())
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--folder", help="where to write (about 8 × the weights; default: the system's)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make(folder / "source", options.gigabytes)
+        kept = {source for _, source, _ in RUNS}
+        print(f"{'':36} {'written':>9} {'time':>7} {'of a copy':>10} {'before':>8} {'peak':>8}")
+        for title, source, arguments in RUNS:
+            ratios, results = [], []
+            for _ in range(options.repeats):
+                out = folder / title
+                shutil.rmtree(out, ignore_errors=True)
+                task = json.dumps([str(folder / source), str(out), arguments])
+                done = subprocess.run([sys.executable, "-c", WORKER, task], check=True, stdout=subprocess.PIPE)
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+                ratios.append(copy(out, folder / "copy") / results[-1]["seconds"])
+                shutil.rmtree(folder / "copy")
+            size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            seconds = statistics.median(result["seconds"] for result in results)
+            before, peak = (max(result[key] for result in results) for key in ("before", "peak"))
+            print(
+                f"{title:36} {size / 2**30:5.1f} GiB {seconds:6.1f}s {statistics.median(ratios):10.2f} "
+                f"{before >> 20:4d} MiB {peak >> 20:4d} MiB",
+                flush=True,
+            )
+            if title not in kept:
+                shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()
