@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
+from digrap_scale.checkpoint.ranks import Ranks
+from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.config import Config
 from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet
@@ -15,6 +18,7 @@ from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.final import save_final
+from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
@@ -33,10 +37,13 @@ def train(config: Config) -> None:
 
 def _train(config: Config, here: Place) -> None:
     folder = Path(config.run.folder)
-    here.on_rank_0(lambda: prepare_folder(folder, config))
+    ranks = Ranks.of_job(config.sharding.reduce_timeout_s)
+    start = ranks.on_first(lambda: prepare_folder(folder, config))
+    checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
     shards = ShardSet.open(config.data.train)
     here.same("data.train: samples of the shards", shards.counts)
     total_steps = count_steps(config, shards.samples)
+    start_step = 0 if checkpoint is None else checkpoint.step
     with (
         RunLog(
             folder,
@@ -45,9 +52,12 @@ def _train(config: Config, here: Place) -> None:
             tensorboard=config.logging.tensorboard,
             every_steps=config.logging.every_steps,
             strength_every_steps=config.logging.strength_every_steps,
+            start_step=start_step,
         ) as log,
         peer_errors(),
     ):
+        for line in start.notes:
+            log.message(line)
         run = build_run(config, here)
         groups = build_groups(run.engine.module, config.optimizer)
         for line in run.built.report + describe_groups(groups):
@@ -66,7 +76,12 @@ def _train(config: Config, here: Place) -> None:
             shuffle_buffer_samples=config.data.shuffle_buffer_samples,
             train=True,
         )
-        train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
+        with keeping(run, projector, config, here, log, total_steps) as keeper:
+            if checkpoint is not None:
+                keeper.load(checkpoint, log.message)
+                log.message(f"resumed from {checkpoint.folder.name}")
+            stream = islice(batches, start_step * run.engine.accumulation_steps, None)
+            train_steps(run.engine, projector, train_task, stream, log, config, here, total_steps, keeper, start_step)
         projector.detach()
         if config.checkpoint.final:
             save_final(run, folder / "final", here)
