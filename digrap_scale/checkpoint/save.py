@@ -142,10 +142,12 @@ class Saver:
         self._guarded(folder, write)
         ranks = self._ranks
 
-        def finish_own() -> dict[str, dict[str, Any]]:
+        def write_own() -> None:
             with self._saving(folder):
-                file = layout.rng_file(folder, ranks.rank)
-                save_file(dict(contents.generators), file)
+                save_file(dict(contents.generators), layout.rng_file(folder, ranks.rank))
+
+        def list_own() -> dict[str, dict[str, Any]]:
+            with self._saving(folder):
                 mine = [name for name in layout.files_of(folder) if _writer(name, ranks.size) == ranks.rank]
                 for name in mine:
                     sync(folder / name)
@@ -160,7 +162,8 @@ class Saver:
                 sync(folder.parent)
                 write_file(folder / layout.COMMITTED, layout.committed_mark(contents.step, text))
 
-        listed = self._clean_up_after(folder, lambda: ranks.together(finish_own))
+        self._clean_up_after(folder, lambda: ranks.together(write_own))  # nobody lists before all have written
+        listed = self._clean_up_after(folder, lambda: ranks.together(list_own))
         self._clean_up_after(folder, lambda: ranks.on_first(commit))
         if ranks.rank == 0:
             self._message(f"saved {folder.name}")
