@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from digrap_scale.checkpoint import format as layout
-from digrap_scale.checkpoint.format import Checkpoint
+from digrap_scale.checkpoint import layout
+from digrap_scale.checkpoint.layout import Checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.errors import CheckpointError
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from digrap_scale.checkpoint import format as layout
+from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.atomic import save_error, sync, sync_tree, write_file, writing_error
 from digrap_scale.checkpoint.dcp import RankFailed, write_parts, write_parts_later
 from digrap_scale.checkpoint.ranks import Ranks

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from digrap_scale.checkpoint.format import Checkpoint
+from digrap_scale.checkpoint.layout import Checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.save import Saver
 from digrap_scale.config import Config

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from digrap_scale.checkpoint import format as layout
+from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.atomic import write_file
 from digrap_scale.checkpoint.resume import AUTO, find_checkpoint
 from digrap_scale.config import Config, dump_config

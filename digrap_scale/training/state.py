@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from digrap_scale.checkpoint import format as layout
+from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.dcp import read_parts, stored_shapes
-from digrap_scale.checkpoint.format import Checkpoint
+from digrap_scale.checkpoint.layout import Checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.rng import capture_generators, restore_generators
 from digrap_scale.checkpoint.save import Contents

@@ -13,7 +13,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 import digrap_scale
-from digrap_scale.checkpoint.format import step_folder
+from digrap_scale.checkpoint.layout import step_folder
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.checkpoint.save import Saver

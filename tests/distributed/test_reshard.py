@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from digrap_scale.checkpoint.format import step_folder
+from digrap_scale.checkpoint.layout import step_folder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.reshard_runs import STEPS, first, firsts, second, seconds
 from tests.distributed.resume_runs import tensors_of
@@ -41,6 +41,8 @@ def check_taken_up(source: Path, taken: Path) -> None:
         assert key.startswith("optimizer.state.unused.") and (key.endswith(".step") or not again[key].any()), key
     after, expected = (tensors_of(step_folder(folder, STEPS + 1)) for folder in (taken, source))
     for key, value in expected.items():
+        if key.startswith("optimizer.state.unused.") and key.endswith(".step"):
+            continue  # steps of a layer without a gradient: ZeRO counts them, torch does not
         torch.testing.assert_close(after[key], value, atol=2e-6, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     moved = [key for key in saved if key.startswith("model.") and not torch.equal(saved[key], after[key])]
     assert len(moved) > 8, "the step did nothing"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from digrap_scale.checkpoint.format import open_checkpoint
+from digrap_scale.checkpoint.layout import open_checkpoint
 from tests.distributed.ranks import run_ranks
 from tests.distributed.resume_runs import run_all, run_here, tensors_of, values_of
 from tests.models.tiny import save_vit
