@@ -65,6 +65,18 @@ def _parser() -> argparse.ArgumentParser:
     interpolate.add_argument("b", help="fine-tuned model's folder")
     interpolate.add_argument("out", help="folder to write (with several alphas: their parent)")
     interpolate.add_argument("--alpha", type=float, nargs="+", default=[0.5], help="weights of B in [0, 1]")
+    convert = verb("convert", _convert, "a checkpoint of any known format into another, streamed")
+    convert.add_argument(
+        "source", help="checkpoint: ours, DeepSpeed's (ZeRO, universal), DCP, Hugging Face, PEFT adapter"
+    )
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument("--to", required=True, help="safetensors, dcp or zero (ZeRO-3)")
+    convert.add_argument("--world-size", type=int, help="ranks to write for (zero: needed; dcp: files)")
+    convert.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    convert.add_argument("--merge-adapter", metavar="BASE", help="the source is a LoRA adapter: merge it into BASE")
+    convert.add_argument("--companions", help="folder whose config, processor and tokenizer files go with the weights")
+    convert.add_argument("--max-shard-bytes", type=int, default=4 << 30, help="largest safetensors file")
+    convert.add_argument("--verify", action="store_true", help="read the result again and compare hashes")
     demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
     demo.add_argument(
@@ -103,6 +115,24 @@ def _interpolate(options: argparse.Namespace) -> None:
 
     for alpha, folder in interpolate(options.a, options.b, options.out, options.alpha).items():
         print(f"alpha {alpha:g}: {folder}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from digrap_scale.checkpoint.convert import convert
+
+    folder = convert(
+        options.source,
+        options.out,
+        options.to,
+        world_size=options.world_size,
+        dtype=options.dtype,
+        merge_into=options.merge_adapter,
+        companions=options.companions,
+        max_shard_bytes=options.max_shard_bytes,
+        verify=options.verify,
+        show_progress=sys.stderr.isatty(),
+    )
+    print(f"{options.source} → {folder} ({options.to}{', verified' if options.verify else ''})")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from digrap_scale.reference.names import loaded_names
+from digrap_scale.file_names import loaded_names
 from digrap_scale.reference.store import SINGLE_NAME, SafetensorsReader
 from digrap_scale.types import StoredWeights
 
@@ -19,5 +19,5 @@ def open_weights(folder: Path, model: nn.Module) -> StoredWeights:
     """
     single = folder / SINGLE_NAME
     reader = SafetensorsReader(single if single.is_file() else folder)  # transformers takes the single file first too
-    file_names, converted = loaded_names(model, reader)
+    file_names, converted = loaded_names(model, reader.names())
     return StoredWeights(reader.shapes, file_names, converted, reader.read)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from digrap_scale.errors import CheckpointError, ConfigError
+from digrap_scale.file_names import loaded_names
 from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.types import ShardSpec
 
@@ -111,29 +112,7 @@ def _file_names_by_model_name(model: nn.Module, reader: SafetensorsReader) -> di
         model = unwrap()
     if not isinstance(model, transformers.PreTrainedModel):
         return {}
-    return loaded_names(_plain_twin(model), reader)[0]
-
-
-def loaded_names(model: Any, reader: SafetensorsReader) -> tuple[dict[str, str], list[str]]:
-    """Model name → the file's name, by the renaming that transformers applies when it loads the file into ``model``
-    (a plain transformers model, maybe on the meta device); and the file's names that it converts, not only renames."""
-    # Not exported at transformers' top level, but shared with PEFT and pinned by tests/reference.
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    meta, prefix = model.state_dict(), model.base_model_prefix
-    names: dict[str, str] = {}
-    converted_names = []
-    for file_name in reader.names():
-        model_name, converted = rename_source_key(file_name, renamings, converters, prefix, meta)
-        if model_name not in meta and file_name in meta:  # as it does: the model's own names need no renaming
-            model_name, converted = rename_source_key(file_name, [], [], prefix, meta)
-        if converted is not None or names.setdefault(model_name, file_name) != file_name:
-            converted_names.append(file_name)
-    return names, converted_names
+    return loaded_names(_plain_twin(model), reader.names())[0]
 
 
 def _plain_twin(model: Any) -> Any:
