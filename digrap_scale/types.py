@@ -193,6 +193,14 @@ class Batch:
             self.keys,
         )
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to an accelerator do not wait."""
+        return Batch(
+            {name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            None if self.labels is None else self.labels.pin_memory(),
+            self.keys,
+        )
+
 
 @dataclass(frozen=True)
 class StoredWeights:

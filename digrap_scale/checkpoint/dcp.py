@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,73 +38,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from digrap_scale.checkpoint.boxes import Box, boxes_of
+from digrap_scale.checkpoint.safe_pickle import SafeReader, load_metadata
 from digrap_scale.errors import CheckpointError
 from digrap_scale.types import TensorPart
-
-METADATA = ".metadata"
-
-# What a `.metadata` may name: DCP's own records, torch's dtypes and sizes. Anything else could run code.
-_ALLOWED_MODULES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # the same since Python 3.13
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED_MODULES.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's metadata has no use for")
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside")
-
-
-class SafeReader(dcp.FileSystemReader):
-    """A ``FileSystemReader`` that runs nothing: ``.metadata``, a pickle, may name a few classes only, and files of its own
-    folder. Tensors are read with ``weights_only=True`` by torch itself.
-
-    Raises:
-        CheckpointError: (``read_metadata``) it is missing, damaged, or names anything else.
-    """
-
-    def read_metadata(self) -> Metadata:
-        file = Path(self.path) / METADATA
-        try:
-            metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: expected DCP's metadata, found no such file") from error
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{file}: refused, nothing of it was run: {error}") from error
-        except Exception as error:  # a damaged pickle fails in any way
-            raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error})") from error
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise CheckpointError(f"{file}: expected DCP's metadata, found {type(metadata).__name__}")
-        for info in metadata.storage_data.values():
-            name = str(info.relative_path)
-            if Path(name).name != name:
-                raise CheckpointError(f"{file}: names the file {name!r}; expected a plain name in its own folder")
-            if not (file.parent / name).is_file():
-                raise CheckpointError(f"{file}: names the file {name!r}, which is missing")
-        return metadata
-
-
-def safe_reader(folder: str | Path) -> SafeReader:
-    """The reader for a DCP folder, with nothing read yet."""
-    return SafeReader(folder)
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
@@ -139,7 +74,9 @@ class PartsSavePlanner(SavePlanner):
         self._parts = _Parts(parts)
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         self._tensors = state_dict  # copies, if the save is asynchronous
 
     def create_local_plan(self) -> SavePlan:
@@ -243,8 +180,8 @@ def write_parts_later(folder: Path, parts: Sequence[TensorPart], group: dist.Pro
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names → shapes of a DCP folder's tensors. Raises: CheckpointError, see ``SafeReader``."""
-    stored = safe_reader(folder).read_metadata().state_dict_metadata
+    """Names → shapes of a DCP folder's tensors. Raises: CheckpointError, see ``load_metadata``."""
+    stored = load_metadata(folder).state_dict_metadata
     return {key: tuple(value.size) for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 
 
@@ -252,7 +189,7 @@ def read_parts(folder: Path, parts: Sequence[TensorPart]) -> None:
     """Fill the parts' tensors. No collective: every rank reads what it holds.
 
     Raises:
-        CheckpointError: a tensor that is not there, or has another shape; or see ``SafeReader``.
+        CheckpointError: a tensor that is not there, or has another shape; or see ``load_metadata``.
     """
     held = [part for part in parts if part.stop > part.start]
     shapes = stored_shapes(folder)
@@ -268,7 +205,7 @@ def read_parts(folder: Path, parts: Sequence[TensorPart]) -> None:
     with _unwrapped(), torch.no_grad():
         dcp.load(
             {part.key: part.tensor for part in held},
-            storage_reader=safe_reader(folder),
+            storage_reader=SafeReader(folder),
             planner=PartsLoadPlanner(held),
             no_dist=True,
         )
@@ -280,7 +217,9 @@ def _unwrapped() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # "torch.distributed is disabled, … assuming the intent is to … in a single process": it is.
-            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message="torch.distributed is (disabled|unavailable)", category=UserWarning
+            )
             yield
     except dcp.CheckpointException as failed:
         rank, (error, _) = sorted(failed.failures.items())[0]

@@ -79,7 +79,9 @@ def missing_ranks(folder: Path) -> list[int]:
 
 def files_of(folder: Path) -> list[str]:
     """Every file of a checkpoint but the two that speak of the others, by path relative to it, sorted."""
-    relative = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    relative = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    )
     return sorted(name for name in relative if name not in (CHECKSUMS, COMMITTED))
 
 
@@ -118,7 +120,9 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
         mark = json.loads((folder / COMMITTED).read_text(encoding="utf-8"))
         text = (folder / CHECKSUMS).read_bytes()
         if mark["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {mark['format']!r}, expected {FORMAT}; use the version that wrote it")
+            raise CheckpointError(
+                f"{folder}: format {mark['format']!r}, expected {FORMAT}; use the version that wrote it"
+            )
         if hashlib.sha256(text).hexdigest() != mark["checksums_sha256"]:
             raise CheckpointError(f"{folder}: {CHECKSUMS} is not the one that was committed")
         files: dict[str, dict[str, Any]] = json.loads(text)["files"]
@@ -139,7 +143,9 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def check_content(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
     """Those of ``names`` whose content is not what was written."""
-    return [f"{name}: its SHA-256 differs" for name in names if checksum(folder / name)["sha256"] != files[name]["sha256"]]
+    return [
+        f"{name}: its SHA-256 differs" for name in names if checksum(folder / name)["sha256"] != files[name]["sha256"]
+    ]
 
 
 def refuse_damaged(folder: Path, problems: list[str]) -> None:

@@ -81,7 +81,9 @@ class Saver:
         folder = layout.step_folder(self._run_folder, contents.step)
         if self._begun(folder, contents):
             if self._settings.asynchronous and not wait:
-                finish = self._guarded(folder, lambda: write_parts_later(folder / layout.DCP, contents.parts, self._ranks.group))
+                finish = self._guarded(
+                    folder, lambda: write_parts_later(folder / layout.DCP, contents.parts, self._ranks.group)
+                )
                 self._pending = self._thread.submit(self._complete, folder, contents, finish)
             else:
                 self._complete(

@@ -130,7 +130,9 @@ def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
         return (STEP, "exp_avg", "exp_avg_sq")
     if isinstance(optimizer, torch.optim.SGD):
         return ("momentum_buffer",)
-    raise CheckpointError(f"optimizer: a checkpoint's state of {type(optimizer).__name__} is not known; use adamw, adam, sgd")
+    raise CheckpointError(
+        f"optimizer: a checkpoint's state of {type(optimizer).__name__} is not known; use adamw, adam, sgd"
+    )
 
 
 def describe_engine(engine: Engine, backend: Backend) -> dict[str, Any]:

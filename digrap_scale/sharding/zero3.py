@@ -64,7 +64,9 @@ class Zero3Backend(ZeroBackend):
         size = partition.partition_numel()
         start = min(dist.get_rank(partition.ds_process_group) * size, partition.ds_numel)
         stop = min(start + size, partition.ds_numel)
-        return ShardSpec(name, tuple(partition.ds_shape), start, stop), partition.ds_tensor.detach().view(-1)[: stop - start]
+        return ShardSpec(name, tuple(partition.ds_shape), start, stop), partition.ds_tensor.detach().view(-1)[
+            : stop - start
+        ]
 
     def weights_changed(self) -> None:
         zero = self._zero

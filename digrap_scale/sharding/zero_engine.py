@@ -202,7 +202,11 @@ class ZeroEngine(Engine):
 
     def extra_state(self) -> dict[str, Any]:
         scaler = getattr(self.model.optimizer, "loss_scaler", None) if self._dtype == torch.float16 else None
-        plain = {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))} if scaler else {}
+        plain = (
+            {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
+            if scaler
+            else {}
+        )
         return {"loss_scaler": plain} if plain else {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:

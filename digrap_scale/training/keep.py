@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from digrap_scale.checkpoint.layout import Checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.save import Saver
 from digrap_scale.config import Config
 from digrap_scale.config.schema import CheckpointConfig
+from digrap_scale.data.loader import TrainingLoader
 from digrap_scale.errors import Preempted
 from digrap_scale.projector import Projector
 from digrap_scale.training.build_run import BuiltRun
@@ -33,7 +33,7 @@ class Keeper:
         stop: whether this process was asked to stop.
         ranks: who agree, in a group of their own.
         total_steps: of the run.
-        position: the loader's position after a step, as the checkpoint keeps it.
+        batches: the loader; how far it is goes with the state.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Keeper:
         stop: StopRequest,
         ranks: Ranks,
         total_steps: int,
-        position: Callable[[int], dict[str, Any]],
+        batches: TrainingLoader,
     ) -> None:
         self._state, self._saver, self._settings, self._stop = state, saver, settings, stop
-        self._ranks, self._total_steps, self._position = ranks, total_steps, position
+        self._ranks, self._total_steps, self._batches = ranks, total_steps, batches
 
     def after_step(self, step: int) -> None:
         """To be called after every step, on every rank. Collective: ranks agree on one number.
@@ -61,7 +61,7 @@ class Keeper:
             self._saver.wait()
         stop = bool(wishes & _STOP)
         if stop or self._due(step):
-            self._saver.save(self._state.contents(step, self._position(step)), wait=stop)
+            self._saver.save(self._state.contents(step, self._batches.state_dict()), wait=stop)
         if stop:
             raise Preempted(f"preempted; saved step {step}")
 
@@ -74,12 +74,19 @@ class Keeper:
     def load(self, checkpoint: Checkpoint, message: Callable[[str], None]) -> None:
         """Go on from a checkpoint. Collective. Raises: CheckpointError."""
         self._state.load(checkpoint, self._ranks, message)
+        self._ranks.together(lambda: self._batches.load_state_dict(checkpoint.state["data"]))
         self._saver.last_step = checkpoint.step
 
 
 @contextmanager
 def keeping(
-    run: BuiltRun, projector: Projector, config: Config, here: Place, log: RunLog, total_steps: int
+    run: BuiltRun,
+    projector: Projector,
+    batches: TrainingLoader,
+    config: Config,
+    here: Place,
+    log: RunLog,
+    total_steps: int,
 ) -> Iterator[Keeper]:
     """A ``Keeper`` for the steps of the block; SIGTERM is a request meanwhile, and what is being saved comes to its end.
 
@@ -90,18 +97,9 @@ def keeping(
     saver = Saver(Path(config.run.folder), config.checkpoint, Ranks.of_job(timeout_s), log.message)
     stop = StopRequest()
     state = RunState(run, projector, config, here, total_steps)
-    accumulation = run.engine.accumulation_steps
     try:
         with stop.listening():
-            yield Keeper(
-                state,
-                saver,
-                config.checkpoint,
-                stop,
-                Ranks.of_job(timeout_s),
-                total_steps,
-                lambda step: {"batches": step * accumulation},
-            )
+            yield Keeper(state, saver, config.checkpoint, stop, Ranks.of_job(timeout_s), total_steps, batches)
             saver.wait()
     finally:
         saver.close()

@@ -14,6 +14,7 @@ from digrap_scale.checkpoint.atomic import write_file
 from digrap_scale.checkpoint.resume import AUTO, find_checkpoint
 from digrap_scale.config import Config, dump_config
 from digrap_scale.errors import ConfigError
+from digrap_scale.training.batches import training_patterns
 from digrap_scale.training.log import read_status
 from digrap_scale.training.validate import find_problems
 
@@ -25,6 +26,7 @@ _FREE = (
     "evaluation.",
     "sharding.",
     "data.workers",
+    "data.prefetch_batches",
     "training.micro_batch_samples",
     "training.kernels",
     "training.projection",
@@ -125,7 +127,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _inputs_inside(folder: Path, config: Config) -> list[str]:
     """What the run reads from the folder that it is about to replace."""
-    sets = [config.data.train, *(entry.shards for entry in config.evaluation.suite)]
+    sets = [training_patterns(config), *(entry.shards for entry in config.evaluation.suite)]
     inputs = [
         config.model.path,
         config.reference.source,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.config import Config
-from digrap_scale.data.loader import build_loader
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.models.groups import build_groups, describe_groups
+from digrap_scale.training.batches import count_steps, open_training_data, training_loader, training_patterns
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.final import save_final
@@ -40,9 +38,9 @@ def _train(config: Config, here: Place) -> None:
     ranks = Ranks.of_job(config.sharding.reduce_timeout_s)
     start = ranks.on_first(lambda: prepare_folder(folder, config))
     checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
-    shards = ShardSet.open(config.data.train)
-    here.same("data.train: samples of the shards", shards.counts)
-    total_steps = count_steps(config, shards.samples)
+    data = open_training_data(config)
+    here.same("training shards: samples of each", [source.shards.counts for source in data])
+    total_steps = count_steps(config, sum(source.shards.samples for source in data))
     start_step = 0 if checkpoint is None else checkpoint.step
     with (
         RunLog(
@@ -65,23 +63,12 @@ def _train(config: Config, here: Place) -> None:
         projector = attach_projector(run, config)
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
-        batches = build_loader(
-            shards,
-            train_task,
-            batch_samples=run.engine.micro_batch_samples,
-            rank=here.rank,
-            world_size=here.world_size,
-            workers=config.data.workers,
-            seed=config.run.seed,
-            shuffle_buffer_samples=config.data.shuffle_buffer_samples,
-            train=True,
-        )
-        with keeping(run, projector, config, here, log, total_steps) as keeper:
+        batches = training_loader(data, train_task, config, here, run.engine)
+        with keeping(run, projector, batches, config, here, log, total_steps) as keeper:
             if checkpoint is not None:
                 keeper.load(checkpoint, log.message)
                 log.message(f"resumed from {checkpoint.folder.name}")
-            stream = islice(batches, start_step * run.engine.accumulation_steps, None)
-            train_steps(run.engine, projector, train_task, stream, log, config, here, total_steps, keeper, start_step)
+            train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps, keeper, start_step)
         projector.detach()
         if config.checkpoint.final:
             save_final(run, folder / "final", here)
@@ -91,21 +78,12 @@ def _train(config: Config, here: Place) -> None:
             here.on_rank_0(lambda: _report(config, folder, result))
 
 
-def count_steps(config: Config, samples: int) -> int:
-    """Optimizer steps of the run: ``training.steps``, or full global batches of ``training.epochs`` passes."""
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None
-    return max(1, training.epochs * (samples // training.global_batch_samples))
-
-
 def _report(config: Config, folder: Path, result: SuiteResult) -> None:
     """The run's own table: ``results.*`` in its folder, and on the screen."""
     rows = [ReportRow(config.method.name, result)]
     notes = [
         f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
-        f"training shards: {', '.join(config.data.train)}",
+        f"training shards: {', '.join(training_patterns(config))}",
     ]
     write_report(rows, folder, notes=notes, strength={config.method.name: read_strength(folder)})
     print_report(rows, notes)

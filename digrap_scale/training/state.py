@@ -69,6 +69,8 @@ class RunState:
         described = describe_engine(engine, backend)
         if config.checkpoint.frozen_weights:
             parts += frozen_parts(engine, backend)
+        else:
+            described["frozen_elsewhere"], described["frozen"] = described["frozen"], []
         state = {
             "format": layout.FORMAT,
             "step": step,
@@ -78,7 +80,7 @@ class RunState:
             "accumulation_steps": engine.accumulation_steps,
             "micro_batch_samples": engine.micro_batch_samples,
             "model_class": self._run.model_class.__name__,
-            "frozen_stored": config.checkpoint.frozen_weights,
+            "frozen_elsewhere": [],
             **described,
             "data": data,
             "reference": self._reference,
@@ -127,7 +129,7 @@ class RunState:
         parts = trained_parts(backend) + optimizer.parts
         parts += [part_of(backend, by_name[name], PREVIOUS + name, kept) for name, kept in previous.items()]
         buffers = [_room(part) for part in buffer_parts(engine)]
-        frozen = frozen_parts(engine, backend) if state["frozen_stored"] else []
+        frozen = frozen_parts(engine, backend) if state["frozen"] else []
         frozen_stored = [_room(part) for part in frozen]
         read_parts(folder / layout.DCP, parts + buffers + frozen_stored)
         _refuse_other_base(folder, frozen, frozen_stored)
@@ -153,16 +155,19 @@ class RunState:
         described = describe_engine(self._run.engine, self._projector.backend)
         try:
             for what, trained in (("trained", True), ("frozen", False)):
-                differing = sorted(set(state[what]) ^ set(described[what]))
+                saved = {*state[what], *(() if trained else state["frozen_elsewhere"])}
+                differing = sorted(saved ^ set(described[what]))
                 if differing:
-                    where = "only in the checkpoint" if differing[0] in state[what] else "only in the run"
+                    where = "only in the checkpoint" if differing[0] in saved else "only in the run"
                     raise CheckpointError(
                         f"{folder}: {len(differing)} {what} parameters differ from the run's, first {differing[0]!r} ({where}); "
                         f"resume with the {'model, freezing and adapters' if trained else 'model'} of then"
                     )
             then, now = state["optimizer"]["name"], described["optimizer"]["name"]
             if then != now:
-                raise CheckpointError(f"{folder}: its optimizer is {then}, the run's is {now}; resume with the one of then")
+                raise CheckpointError(
+                    f"{folder}: its optimizer is {then}, the run's is {now}; resume with the one of then"
+                )
             if self._here.rank == 0:
                 then, now = _named(state["reference"]), _named(self._reference)
                 if then[1] != now[1]:
@@ -171,7 +176,9 @@ class RunState:
                         "reference.source to the one of then"
                     )
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / layout.STATE}: expected the key {error}; it is damaged or not ours") from error
+            raise CheckpointError(
+                f"{folder / layout.STATE}: expected the key {error}; it is damaged or not ours"
+            ) from error
 
 
 def identity_of(config: Config, pretrained: Path) -> dict[str, str] | None:

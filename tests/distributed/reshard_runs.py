@@ -47,7 +47,7 @@ def make_odd() -> Odd:
 class Run:
     """The model on ``backend``, attached, as ``training.run`` would have it."""
 
-    def __init__(self, backend: str, method: str, folder: Path, **sharding: Any) -> None:
+    def __init__(self, backend: str, method: str, folder: Path) -> None:
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         wrap = {"wrap": ["Block"]} if backend == "fsdp2" else {}
         zero = {"zero": {"persistence_threshold_elements": 10, "sub_group_elements": 60}} if backend == "zero3" else {}
@@ -61,7 +61,7 @@ class Run:
                     "reference": {"source": "zero"},
                     "optimizer": {"learning_rate": 1e-2},
                     "training": {"steps": STEPS + 1, "global_batch_samples": SAMPLES},
-                    "sharding": {"backend": backend, **wrap, **zero, **sharding},
+                    "sharding": {"backend": backend, **wrap, **zero},
                 }
             )
         )
@@ -97,9 +97,9 @@ class Run:
         self.state.load(open_together(folder, self.ranks), self.ranks, lambda _: None)
 
 
-def first(backend: str, method: str, folder: str, **sharding: Any) -> None:
+def first(backend: str, method: str, folder: str) -> None:
     """Steps from the start; saved after ``STEPS``, and after one more."""
-    run = Run(backend, method, Path(folder), **sharding)
+    run = Run(backend, method, Path(folder))
     for number in range(STEPS):
         run.step(number)
     run.save(STEPS)
@@ -108,9 +108,9 @@ def first(backend: str, method: str, folder: str, **sharding: Any) -> None:
     run.projector.detach()
 
 
-def second(backend: str, method: str, source: str, folder: str, **sharding: Any) -> None:
+def second(backend: str, method: str, source: str, folder: str) -> None:
     """From ``source``'s checkpoint; saved again as it was loaded, and after one step more."""
-    run = Run(backend, method, Path(folder), **sharding)
+    run = Run(backend, method, Path(folder))
     run.load(step_folder(Path(source), STEPS))
     run.save(STEPS)
     run.step(STEPS)
@@ -118,13 +118,13 @@ def second(backend: str, method: str, source: str, folder: str, **sharding: Any)
     run.projector.detach()
 
 
-def firsts(cases: dict[str, tuple[Any, ...]], sharding: dict[str, Any]) -> None:
+def firsts(cases: dict[str, tuple[str, ...]]) -> None:
     """``first`` of every case, in the same processes."""
     for arguments in cases.values():
-        first(*arguments, **sharding)
+        first(*arguments)
 
 
-def seconds(cases: dict[str, tuple[Any, ...]], sharding: dict[str, Any]) -> None:
+def seconds(cases: dict[str, tuple[str, ...]]) -> None:
     """``second`` of every case, in the same processes."""
     for arguments in cases.values():
-        second(*arguments, **sharding)
+        second(*arguments)

@@ -33,10 +33,9 @@ def straight_and_resumed(model: Path, folder: Path, backend: str, kinds: list[st
     for kind in kinds:
         sections = KINDS[kind]
         runs[kind] = values_of(model, folder / kind, backend, **sections)
-        resume = {**sections.get("checkpoint", {}), "resume": str(folder / kind / "checkpoints" / "step-3")}
-        runs[f"{kind}-resumed"] = values_of(
-            model, folder / f"{kind}-resumed", backend, **{**sections, "checkpoint": {**KINDS[kind].get("checkpoint", {}), **resume}}
-        )
+        begin = {**sections.get("checkpoint", {}), "resume": str(folder / kind / "checkpoints" / "step-3")}
+        again = {**sections, "checkpoint": begin}
+        runs[f"{kind}-resumed"] = values_of(model, folder / f"{kind}-resumed", backend, **again)
     return runs
 
 

@@ -12,8 +12,9 @@ from .base import PositiveFloat, Section
 class TrainingConfig(Section):
     """How long, and in what portions."""
 
-    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; give this or `epochs`.")
+    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; give this, `epochs` or `samples`.")
     epochs: PositiveInt | None = Field(default=None, description="Passes over the training shards.")
+    samples: PositiveInt | None = Field(default=None, description="Samples to train on, whole steps of them.")
     global_batch_samples: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_samples: PositiveInt | None = Field(
         default=None, description="Samples per forward on one rank; empty: no accumulation."
