@@ -168,5 +168,8 @@ def _complain(error: DigrapError) -> None:
     if error.agreed and rank != 0:
         return
     prefix = f"rank {rank}: " if rank != 0 else ""
-    for line in str(error).splitlines():
+    # A launcher's own exit status is 1, whatever ours was.
+    suffix = f" (exit {error.exit_code})" if "WORLD_SIZE" in os.environ else ""
+    *lines, last = str(error).splitlines()
+    for line in [*lines, last + suffix]:
         print(f"{prefix}{line}", file=sys.stderr)

@@ -58,7 +58,21 @@ class _Seen:
     since: float
 
 
-class Watch:
+class Nobody:
+    """The watch of a process without peers."""
+
+    def at(self, step: int, doing: str) -> None:
+        """Nobody is told."""
+
+    def diagnosis(self) -> str:
+        """Nothing can be said of others."""
+        return "no other process is known"
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class Watch(Nobody):
     """Heartbeats: a thread of every rank tells the others that it lives, in which step it is, and what it does.
 
     A collective that fails or times out does not say whose fault it was; this does. And where a hang cannot be left (a
@@ -165,7 +179,8 @@ class Watch:
         if not others:
             return "another process failed"
         rank = max(others, key=lambda rank: (others[rank][0] < step, others[rank][1]))
-        return f"rank {rank} does not answer, though it lives: for {others[rank][1]} s in step {others[rank][0]}, {others[rank][2]}"
+        at, seconds, doing = others[rank]
+        return f"rank {rank} does not answer, though it lives: for {seconds} s in step {at}, {doing}"
 
 
 def _parse(beat: bytes) -> tuple[int, int, str] | None:

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from digrap_scale.checkpoint.atomic import save_error, write_file
-from digrap_scale.errors import DigrapError, Preempted, SaveError
+from digrap_scale.errors import DigrapError, PeerError, Preempted, SaveError
 from digrap_scale.evaluation.strength import STRENGTH_FILE, encode_names, encode_row, read_lines, read_strength
 
 if TYPE_CHECKING:
@@ -248,6 +248,12 @@ class RunLog:
                 file.write(f"{_now()} step {self._step}: {line}\n")
         except OSError as error:
             raise save_error(self.folder / MESSAGES_FILE, error) from error
+
+    def given_up(self, reason: str) -> None:
+        """Say how the run ended where rank 0 can no longer do so; called on the lowest rank that lives."""
+        failure = self._try(lambda: self._write_status("failed", PeerError.exit_code, _one_line(reason)))
+        if failure is not None:
+            self._print(f"also, {STATUS_FILE} could not be written: {failure}")
 
     def _print(self, text: str) -> None:
         # soft_wrap: one line stays one line in a file, however narrow the console claims to be

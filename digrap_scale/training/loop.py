@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -42,7 +43,8 @@ def train_steps(
     skipped_in_a_row = 0
     for step in range(start_step + 1, total_steps + 1):
         learning_rate = schedule.set(step - 1)
-        loss = accumulate(engine, projector, task, stream)
+        loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step))
+        keeper.watch.at(step, "optimizer step")
         seen = projector.report.step
         engine.step()
         if engine.skips_steps and projector.report.step == seen:
@@ -76,11 +78,15 @@ def train_steps(
         keeper.after_step(step)
 
 
-def accumulate(engine: Engine, projector: Projector, task: Task, stream: Iterator[Batch]) -> torch.Tensor:
+def accumulate(
+    engine: Engine, projector: Projector, task: Task, stream: Iterator[Batch], tell: Callable[[str], None]
+) -> torch.Tensor:
     """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar."""
     total = torch.zeros((), device=engine.device)
     for part in range(engine.accumulation_steps):
+        tell("data")
         batch = prepared(engine, next(stream))
+        tell("forward and backward")
         last = part == engine.accumulation_steps - 1
         projector.expect_step(last)
         with engine.micro_step(last=last):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from digrap_scale.checkpoint.ranks import Ranks
@@ -15,12 +17,13 @@ from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.training.batches import count_steps, open_training_data, training_loader, training_patterns
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
+from digrap_scale.training.faults import Nobody, Watch
 from digrap_scale.training.final import save_final
 from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
-from digrap_scale.training.setup import Place, peer_errors, place
+from digrap_scale.training.setup import Place, collective_timeout_s, peer_errors, place, shared_store
 
 
 def train(config: Config) -> None:
@@ -35,7 +38,7 @@ def train(config: Config) -> None:
 
 def _train(config: Config, here: Place) -> None:
     folder = Path(config.run.folder)
-    ranks = Ranks.of_job(config.sharding.reduce_timeout_s)
+    ranks = Ranks.of_job(collective_timeout_s(config))
     start = ranks.on_first(lambda: prepare_folder(folder, config))
     checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
     data = open_training_data(config)
@@ -52,7 +55,8 @@ def _train(config: Config, here: Place) -> None:
             strength_every_steps=config.logging.strength_every_steps,
             start_step=start_step,
         ) as log,
-        peer_errors(),
+        watching(config, here, log) as watch,
+        peer_errors(watch.diagnosis),
     ):
         for line in start.notes:
             log.message(line)
@@ -64,7 +68,7 @@ def _train(config: Config, here: Place) -> None:
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
         batches = training_loader(data, train_task, config, here, run.engine)
-        with keeping(run, projector, batches, config, here, log, total_steps) as keeper:
+        with keeping(run, projector, batches, config, here, log, watch, total_steps) as keeper:
             if checkpoint is not None:
                 keeper.load(checkpoint, log.message)
                 log.message(f"resumed from {checkpoint.folder.name}")
@@ -76,6 +80,20 @@ def _train(config: Config, here: Place) -> None:
         if config.evaluation.at_end and config.evaluation.suite:
             result = evaluate_run(run, config, here)
             here.on_rank_0(lambda: _report(config, folder, result))
+
+
+@contextmanager
+def watching(config: Config, here: Place, log: RunLog) -> Iterator[Nobody]:
+    """The heartbeats of the job's ranks, while the block runs. Collective."""
+    if here.world_size == 1:
+        yield Nobody()
+        return
+    timeout_s = config.sharding.reduce_timeout_s
+    watch = Watch(shared_store(here), here.rank, here.world_size, timeout_s, log.given_up)
+    try:
+        yield watch
+    finally:
+        watch.close()
 
 
 def _report(config: Config, folder: Path, result: SuiteResult) -> None:
