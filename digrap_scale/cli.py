@@ -73,11 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--skip-bad", action="store_true", help="leave out broken samples, and tell which")
     index.add_argument("--name", help="of the manifest (default: what the files' names have in common)")
     index.add_argument("--processes", type=int, default=1, help="shards read at a time (default: %(default)s)")
-    demo = verb("demo", _demo, "fine-tune a shipped model on pictograms and compare the methods")
-    demo.add_argument(
-        "--task", choices=("contrastive", "vqa"), default="contrastive",
-        help="contrastive: the CLIP-style model on classes; vqa: the small VLM on questions",
-    )  # fmt: skip
     convert = verb("convert", _convert, "a checkpoint of any known format into another, streamed")
     convert.add_argument(
         "source", help="checkpoint: ours, DeepSpeed's (ZeRO, universal), DCP, Hugging Face, PEFT adapter"
@@ -97,7 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--rows", type=int, help="print this many only, largest relative drift first")
     diff.add_argument("--json", metavar="FILE", help="write the numbers, too")
     diff.add_argument("--picture", metavar="FILE", help="draw them, too (.png, .pdf, .svg)")
-    demo = verb("demo", _demo, "fine-tune the shipped model on pictograms and compare the methods")
+    demo = verb("demo", _demo, "fine-tune a shipped model on pictograms and compare the methods")
+    demo.add_argument(
+        "--task", choices=("contrastive", "vqa"), default="contrastive",
+        help="contrastive: the CLIP-style model on classes; vqa: the small VLM on questions",
+    )  # fmt: skip
     demo.add_argument("--folder", default="runs/demo", help="where the runs go (default: %(default)s)")
     demo.add_argument(
         "--backend", choices=("fsdp2", "zero1", "zero2", "zero3"), default="fsdp2", help="sharding backend"
@@ -146,6 +145,8 @@ def _index(options: argparse.Namespace) -> None:
         lines = index(options.shards, name=options.name, skip=options.skip_bad, processes=options.processes)
     for line in lines:
         print(line)
+
+
 def _convert(options: argparse.Namespace) -> None:
     from digrap_scale.checkpoint.convert import convert
 
@@ -215,5 +216,8 @@ def _complain(error: DigrapError) -> None:
     if error.agreed and rank != 0:
         return
     prefix = f"rank {rank}: " if rank != 0 else ""
-    for line in str(error).splitlines():
+    # A launcher's own exit status is 1, whatever ours was.
+    suffix = f" (exit {error.exit_code})" if "WORLD_SIZE" in os.environ else ""
+    *lines, last = str(error).splitlines()
+    for line in [*lines, last + suffix]:
         print(f"{prefix}{line}", file=sys.stderr)

@@ -231,6 +231,14 @@ def _projection(projection: str, name: str) -> Iterable[Problem]:
         )
 
 
+def _native(native: bool, backend: str) -> Iterable[Problem]:
+    if native and not backend.startswith("zero"):
+        yield (
+            ("checkpoint", "deepspeed_native"),
+            f"expected `false` with sharding.backend `{backend}`, found `true`; only zero1, zero2 and zero3 have an engine",
+        )
+
+
 def _suite_names(suite: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
     return _own_names([entry["name"] for entry in suite], ("evaluation", "suite"))
 
@@ -304,6 +312,7 @@ CHECKS = (
     Check(("training.statistics", "sharding.backend", "reference.placement"), _statistics),
     Check(("reference.placement", "reference.source", "reference.buffer_bytes"), _streamed),
     Check(("training.projection", "optimizer.name"), _projection),
+    Check(("checkpoint.deepspeed_native", "sharding.backend"), _native),
     Check(("evaluation.suite",), _suite_names),
     Check(("evaluation.suite_file",), _suite_file),
     Check(("evaluation.shift_degree", "evaluation.suite", "data.target"), _shift_degree),

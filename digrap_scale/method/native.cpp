@@ -92,10 +92,11 @@ template <Before BEFORE>
 void products(const float* g, const float* w, const float* r, const float* before, const float* second,
               const float* numbers, int64_t n, double* sums) {
   float s0[LANES] = {}, s1[LANES] = {}, s2[LANES] = {}, s3[LANES] = {};
-  const float inverse = numbers[0], step = numbers[1], scale = numbers[2], eps = numbers[3];
+  const float shrink = numbers[0], step = numbers[1], scale = numbers[2], eps = numbers[3];
   const auto previous = [&](int64_t i) {
     if (BEFORE == STORED) return before[i];
-    return w[i] * inverse + step * (before[i] / (std::sqrt(second[i]) * scale + eps));
+    // In the order of torch's own step (addcdiv): a huge update (second moments of 0) must come out with the same rounding.
+    return (w[i] + (step * before[i]) / (std::sqrt(second[i]) * scale + eps)) / shrink;
   };
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
@@ -136,7 +137,7 @@ void for_chunks(const int64_t* blocks, int64_t first, int64_t last, Body body) {
 
 extern "C" {
 
-// table: grad, weight, reference, previous, first moment, second moment. numbers: 1/shrink, step_size/shrink,
+// table: grad, weight, reference, previous, first moment, second moment. numbers: shrink, step_size,
 // second_scale, eps (of the moments). sums: [blocks, 4], zeroed.
 void gradient_products(const int64_t* table, const float* numbers, const int64_t* blocks, int64_t first, int64_t last,
                        double* sums) {
@@ -212,7 +213,7 @@ void adam(const int64_t* table, const float* numbers, const int64_t* blocks, int
       m[i] = beta1 * m[i] + keep1 * g;
       v[i] = beta2 * v[i] + keep2 * g * g;
       // θ − lr·λ·θ, not (1 − lr·λ)·θ: in float32 a small lr·λ would drown in the 1.
-      w[i] -= decay * w[i] + step_size * (m[i] / (std::sqrt(v[i]) * second_scale + eps));
+      w[i] -= decay * w[i] + (step_size * m[i]) / (std::sqrt(v[i]) * second_scale + eps);
     }
   });
 }

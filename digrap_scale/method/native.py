@@ -69,7 +69,7 @@ class NativeKernels(Kernels):
                 None if moments is None else moments.second,
             )
             shrink, step_size, second_scale, eps = (1.0, 0.0, 0.0, 0.0) if moments is None else moments.factors
-            numbers.append((1 / shrink, step_size / shrink, second_scale, eps))
+            numbers.append((shrink, step_size, second_scale, eps))
         return self._sums(self._library.gradient_products, table, numbers, 4)
 
     def update_statistics(self, views: Sequence[ShardView]) -> torch.Tensor:

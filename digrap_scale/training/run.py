@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from digrap_scale.checkpoint.ranks import Ranks
+from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.config import Config
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
@@ -19,11 +23,13 @@ from digrap_scale.training.batches import (
 )
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
+from digrap_scale.training.faults import Nobody, Watch
 from digrap_scale.training.final import save_final
+from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
-from digrap_scale.training.setup import Place, peer_errors, place
+from digrap_scale.training.setup import Place, collective_timeout_s, peer_errors, place, shared_store
 
 
 def train(config: Config) -> None:
@@ -38,10 +44,13 @@ def train(config: Config) -> None:
 
 def _train(config: Config, here: Place) -> None:
     folder = Path(config.run.folder)
-    here.on_rank_0(lambda: prepare_folder(folder, config))
+    ranks = Ranks.of_job(collective_timeout_s(config))
+    start = ranks.on_first(lambda: prepare_folder(folder, config))
+    checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
     data = open_training_data(config)
     here.same("training shards: samples of each", [source.shards.counts for source in data])
     total_steps = count_steps(config, sum(source.shards.samples for source in data))
+    start_step = 0 if checkpoint is None else checkpoint.step
     with (
         RunLog(
             folder,
@@ -50,9 +59,13 @@ def _train(config: Config, here: Place) -> None:
             tensorboard=config.logging.tensorboard,
             every_steps=config.logging.every_steps,
             strength_every_steps=config.logging.strength_every_steps,
+            start_step=start_step,
         ) as log,
-        peer_errors(),
+        watching(config, here, log) as watch,
+        peer_errors(watch.diagnosis),
     ):
+        for line in start.notes:
+            log.message(line)
         run = build_run(config, here)
         groups = build_groups(run.engine.module, config.optimizer)
         for line in skipped_lines(data) + run.built.report + describe_groups(groups):
@@ -61,7 +74,11 @@ def _train(config: Config, here: Place) -> None:
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
         batches = training_loader(data, train_task, config, here, run.engine)
-        train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
+        with keeping(run, projector, batches, config, here, log, watch, total_steps) as keeper:
+            if checkpoint is not None:
+                keeper.load(checkpoint, log.message)
+                log.message(f"resumed from {checkpoint.folder.name}")
+            train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps, keeper, start_step)
         projector.detach()
         if config.checkpoint.final:
             save_final(run, folder / "final", here)
@@ -69,6 +86,20 @@ def _train(config: Config, here: Place) -> None:
         if config.evaluation.at_end and config.evaluation.suite:
             result = evaluate_run(run, config, here)
             here.on_rank_0(lambda: _report(config, folder, result))
+
+
+@contextmanager
+def watching(config: Config, here: Place, log: RunLog) -> Iterator[Nobody]:
+    """The heartbeats of the job's ranks, while the block runs. Collective."""
+    if here.world_size == 1:
+        yield Nobody()
+        return
+    timeout_s = config.sharding.reduce_timeout_s
+    watch = Watch(shared_store(here), here.rank, here.world_size, timeout_s, log.given_up)
+    try:
+        yield watch
+    finally:
+        watch.close()
 
 
 def _report(config: Config, folder: Path, result: SuiteResult) -> None:
