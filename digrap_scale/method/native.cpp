@@ -95,7 +95,7 @@ void products(const float* g, const float* w, const float* r, const float* befor
   const float shrink = numbers[0], step = numbers[1], scale = numbers[2], eps = numbers[3];
   const auto previous = [&](int64_t i) {
     if (BEFORE == STORED) return before[i];
-    // In the order of torch's own step (addcdiv): a huge update (second moments of 0) must come out with the same rounding.
+    // In the order of torch's own step, with its roundings: a huge update (second moments of 0) must come out as it went in.
     return (w[i] + (step * before[i]) / (std::sqrt(second[i]) * scale + eps)) / shrink;
   };
   int64_t i = 0;
