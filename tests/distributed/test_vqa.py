@@ -36,7 +36,7 @@ CASES = [
     pytest.param(("zero2", 2, QUICK), id="zero2-2", marks=pytest.mark.slow),
 ]
 Ran = tuple[tuple[str, ...], list[dict[str, Any]], Path]
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)
 
 
 def configs(folder: Path, kinds: tuple[str, ...], backend: str, where: str, **model: Any) -> dict[str, Config]:
