@@ -169,7 +169,15 @@ def _target(target: str, task: str, classes: str | None) -> Iterable[Problem]:
         yield ("data", "classes"), "expected a JSON file of classes because data.target is `label`, found nothing"
 
 
-def _vqa(task: str, prompt: str, augment: str, generation: object) -> Iterable[Problem]:
+def _dora(lora: Mapping[str, Any] | None, placement: str) -> Iterable[Problem]:
+    if lora is not None and dict(lora).get("dora") and placement == "stream":
+        yield (
+            ("reference", "placement"),
+            "expected `device` or `cpu` with model.lora.dora, found `stream`; the reference of its magnitudes has no file",
+        )
+
+
+def _vqa(task: str, prompt: str, augment: str, generation: object, class_answers: str) -> Iterable[Problem]:
     if "{question}" not in prompt:
         yield ("data", "prompt"), f"expected a text with {{question}} in it, found {prompt!r}"
     if task == "vqa" and augment != "none":
@@ -177,10 +185,15 @@ def _vqa(task: str, prompt: str, augment: str, generation: object) -> Iterable[P
             ("data", "augment"),
             f"expected `none` with model.task `vqa`, found `{augment}`; a crop may cut off what the question is about",
         )
-    if task != "vqa" and generation is not None:
+    if task not in ("vqa", "classification-as-vqa") and generation is not None:
         yield (
             ("evaluation", "generation"),
-            f"expected nothing with model.task `{task}`, found a section; only vqa generates",
+            f"expected nothing with model.task `{task}`, found a section; it is for tasks that generate",
+        )
+    if task != "classification-as-vqa" and class_answers != "generate":
+        yield (
+            ("evaluation", "class_answers"),
+            f"expected no value with model.task `{task}`, found `{class_answers}`; it is for classification-as-vqa",
         )
 
 
@@ -275,7 +288,11 @@ CHECKS = (
     Check(("data.remainder", "data.target"), _padded),
     Check(("data.bucket_by_length", "data.sources", "data.shuffle_buffer_samples"), _buckets),
     Check(("data.on_bad_sample", "data.max_bad_samples"), _bad_samples),
-    Check(("model.task", "data.prompt", "data.augment", "evaluation.generation"), _vqa),
+    Check(
+        ("model.task", "data.prompt", "data.augment", "evaluation.generation", "evaluation.class_answers"),
+        _vqa,
+    ),
+    Check(("model.lora", "reference.placement"), _dora),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),
     Check(("training.statistics", "sharding.backend", "reference.placement"), _statistics),

@@ -1,4 +1,4 @@
-"""Low-rank adapters through PEFT (Hu et al. 2021, arXiv 2106.09685)."""
+"""Low-rank adapters through PEFT: LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353)."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # PEFT divides by it: any number does
         lora_dropout=lora.dropout,
+        use_dora=lora.dora,
         target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save or None,
     )

@@ -6,6 +6,7 @@ Our own towers are known to the Auto classes by importing ``models.towers``. Wei
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from digrap_scale.config.schema import Config, ModelConfig
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.adapters import add_lora, original_name
 from digrap_scale.models.families import Family, build_family
+from digrap_scale.models.families.encoders import classifier_config
 from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.models.hollow import hollow_out, load_hollow, obstacle, renamed
@@ -45,6 +47,7 @@ _AUTO_CLASSES: dict[str, Any] = {
     "classification": AutoModelForImageClassification,
     "contrastive": AutoModel,
     "vqa": AutoModelForImageTextToText,
+    "classification-as-vqa": AutoModelForImageTextToText,
 }
 
 # A folder and a model of its architecture without weights → the folder's checkpoint, opened.
@@ -120,12 +123,18 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
         if layers:
             report.append(f"model.batch_norm: the statistics of {layers} layers are frozen")
     slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
-    if settings.task == "vqa":
-        family = build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
+    if settings.generative:
+        family = _family(folder, model_config, settings)
+        family.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
         whole = family.processor
         return BuiltModel(wrapped, whole, whole.tokenizer, folder, new, report, slices, family)
     processor = _optional(AutoImageProcessor, folder, settings, ("preprocessor_config.json", "processor_config.json"))
     return BuiltModel(wrapped, processor, load_tokenizer(folder, settings), folder, new, report, slices)
+
+
+def _family(folder: Path, model_config: PreTrainedConfig, settings: ModelConfig) -> Family:
+    return build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
 
 
 def resolve_folder(settings: ModelConfig, weights: bool = True) -> Path:
@@ -160,6 +169,8 @@ def _read_config(folder: Path, settings: ModelConfig, num_classes: int | None) -
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model.path: {folder / 'config.json'} cannot be used: {_one_line(error)}") from error
+    if settings.task == "classification":
+        config = classifier_config(config)
     if settings.task == "classification" and num_classes is not None and config.num_labels != num_classes:
         if not settings.new_head:
             raise ConfigError(
@@ -179,6 +190,8 @@ def _open(
 ) -> tuple[PreTrainedModel | None, StoredWeights | None, list[str]]:
     """The architecture without weights and the checkpoint, if its tensors can be read slice by slice; else why not."""
     why = obstacle(folder, config)
+    if settings.lora is not None and settings.lora.dora:
+        why = "DoRA's magnitudes start at the norms of its weights"
     if why is None:
         try:
             twin = meta_model(config, settings)
@@ -301,6 +314,11 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
                 f"sharding.mixed_precision, model.dtype: {low_precision[0]} does not work with BatchNorm ({layers[0]} and "
                 f"{len(layers) - 1} more) under {config.sharding.backend}; use float32, or sharding.backend: ddp"
             )
+    if settings.generative:
+        try:
+            _family(folder, model.config, settings)
+        except ConfigError as error:
+            problems += error.problems
     if settings.task == "contrastive" and load_tokenizer(folder, settings) is None:
         problems.append(f"model.path: {settings.path} has no tokenizer, and model.task: contrastive needs one")
     wrapped: nn.Module = model

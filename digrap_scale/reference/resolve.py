@@ -22,6 +22,8 @@ from digrap_scale.types import ShardSpec
 DEFAULT_BUFFER_BYTES = 256 << 20
 Reference = str | Path | Mapping[str, torch.Tensor]
 # Weights that PEFT starts at (or multiplies to) zero: their pre-trained value is "no change", so d = θ.
+# DoRA's magnitudes start at the norms of the pre-trained weights' rows: that first value is "no change".
+_MAGNITUDE = re.compile(r"(^|\.)lora_magnitude_vector(\.|$)")
 _ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
 
 
@@ -58,7 +60,13 @@ def resolve_reference(
         raise ConfigError(f"reference.rename: maps names of a file, but the reference is {word}; remove it")
     slices: list[torch.Tensor | None] = [None] * len(weights)
     adapters = {spec.name for spec in specs if _ADAPTER.search(spec.name)}
-    others = [spec for spec in specs if spec.name not in adapters and spec.name not in exempt]
+    magnitudes = {spec.name for spec in specs if _MAGNITUDE.search(spec.name) and spec.name not in exempt}
+    if placement == "stream" and magnitudes and str(reference) != "zero":
+        raise ConfigError(
+            "reference_placement: 'stream' reads a file, and DoRA's magnitudes have their reference in memory (their first "
+            "value); use 'device' or 'cpu'"
+        )
+    others = [s for s in specs if s.name not in adapters and s.name not in magnitudes and s.name not in exempt]
     projected = [spec.name not in exempt for spec in specs]
     if reference is None:
         if others:
@@ -71,7 +79,7 @@ def resolve_reference(
             named = next((name for name in aliases.get(spec.name, [spec.name]) if name in reference), None)
             if named is not None and spec.name not in exempt:
                 slices[layer] = _slice_of(named, reference[named], spec).to(weight.device)
-            projected[layer] &= named is not None or spec.name in adapters
+            projected[layer] &= named is not None or spec.name in adapters or spec.name in magnitudes
         if not any(projected):
             raise ConfigError(f"reference: none of its {len(reference)} names is a trained parameter of the model")
     elif str(reference) == "initial":
@@ -85,6 +93,10 @@ def resolve_reference(
         if placement == "stream":
             return _stream(reader, specs, weights, file_names, buffer_bytes, device), projected
         slices = load_slices(reader, specs, file_names, device)
+    if isinstance(reference, Mapping) or str(reference) != "zero":
+        for layer, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
+            if spec.name in magnitudes and slices[layer] is None:
+                slices[layer] = weight.clone()
     if placement == "stream" and any(tensor is not None for tensor in slices):
         raise ConfigError(
             "reference_placement: 'stream' reads the reference from a safetensors file in each step, but the reference "

@@ -49,7 +49,7 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
         built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size, built.slices
     )
     seed_everything(config.run.seed, here.rank)
-    evaluates = classes is not None or config.model.task == "vqa"
+    evaluates = classes is not None or config.model.generative
     task = build_task(config, built.processor, built.tokenizer, False, built.family) if evaluates else None
     return BuiltRun(built, engine, model_class, task)
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -19,6 +22,8 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 from digrap_scale.config.schema import Config
@@ -114,6 +119,26 @@ def save_lite(folder: Path, classes: int = 3) -> Path:
     config = EfficientNetLiteConfig(stages=SMALL_STAGES, stem_channels=4, hidden_size=16, num_labels=classes)
     EfficientNetLiteForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def save_vit_mae(folder: Path, classes: int = 3) -> Path:
+    """As the hub has them: pre-trained with a decoder, and no head (``classes`` is for the others' signature)."""
+    torch.manual_seed(0)
+    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTMAEConfig(**vision_settings(), **{f"decoder_{name}": value for name, value in decoder.items()})
+    ViTMAEForPreTraining(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def save_beit(folder: Path, classes: int = 3) -> Path:
+    torch.manual_seed(0)
+    config = BeitConfig(**vision_settings(), num_labels=classes, use_relative_position_bias=True, out_indices=[1])
+    BeitForImageClassification(config).save_pretrained(folder)
+    BeitImageProcessorPil(
+        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}, do_center_crop=False
+    ).save_pretrained(folder)
     return folder
 
 

@@ -49,6 +49,10 @@ class DataConfig(Section):
             "anew in each epoch from the seed."
         ),
     )
+    class_question: Text = Field(
+        default="What is in the image?",
+        description="classification-as-vqa: the question that every class is an answer to.",
+    )
     prompt: Text = Field(
         default="{question}",
         description=(

@@ -31,5 +31,12 @@ class EvaluationConfig(Section):
     generation: GenerationConfig | None = Field(
         default=None, description="vqa: how answers are generated; empty: its defaults."
     )
+    class_answers: Literal["generate", "likelihood"] = Field(
+        default="generate",
+        description=(
+            "classification-as-vqa: right is a generated answer that reads as the class's name, or the name of the highest "
+            "`likelihood` (a forward a class)."
+        ),
+    )
     batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
     at_end: bool = Field(default=True, description="Evaluate after training.")

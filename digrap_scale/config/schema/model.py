@@ -10,11 +10,15 @@ from .base import BelowOne, PositiveFloat, Regex, Section, Text
 
 
 class LoraConfig(Section):
-    """Low-rank adapters through PEFT; their reference is zero."""
+    """Low-rank adapters through PEFT; their reference is zero (of DoRA's magnitudes: their first value)."""
 
     rank: PositiveInt = Field(default=8, description="Rank of the update.")
     alpha: PositiveFloat = Field(default=16.0, description="Scale of the update (`lora_alpha`).")
     dropout: BelowOne = Field(default=0.0, description="Dropout on the adapter's input.")
+    dora: bool = Field(
+        default=False,
+        description="DoRA: the norms of the weights' rows train by themselves, beside the low-rank change of direction.",
+    )
     target_modules: Regex | Annotated[list[Text], Field(min_length=1)] = Field(
         description="Regex, or list of name endings, of the modules to adapt."
     )
@@ -27,8 +31,11 @@ class ModelConfig(Section):
     """The model, through transformers."""
 
     path: Text = Field(description="Folder in Hugging Face layout, or a hub id.")
-    task: Literal["classification", "contrastive", "vqa"] = Field(
-        description="What the model is trained for; `vqa`: a generative model answers questions about images."
+    task: Literal["classification", "contrastive", "vqa", "classification-as-vqa"] = Field(
+        description=(
+            "What the model is trained for; `vqa`: a generative model answers questions about images; "
+            "`classification-as-vqa`: it answers one question with the class's name."
+        )
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the weights that are trained."
@@ -48,4 +55,10 @@ class ModelConfig(Section):
         default=False,
         description="Allow a head whose size differs from the checkpoint's: it starts new and is not projected.",
     )
+
+    @property
+    def generative(self) -> bool:
+        """Whether the task is for models that generate text."""
+        return self.task in ("vqa", "classification-as-vqa")
+
     trust_remote_code: bool = Field(default=False, description="Let transformers run code from the model's repository.")

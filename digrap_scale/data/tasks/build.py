@@ -13,6 +13,7 @@ from digrap_scale.config.schema import Config, GenerationConfig
 from digrap_scale.data.classes import Classes, load_classes
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.data.tasks.classification import ClassificationTask
+from digrap_scale.data.tasks.classification_vqa import ClassificationVqaTask
 from digrap_scale.data.tasks.contrastive import ContrastiveCaptionTask, ContrastiveLabelTask
 from digrap_scale.data.tasks.vqa import Encoder, VqaTask
 from digrap_scale.errors import ConfigError
@@ -40,19 +41,22 @@ def build_task(
         "crop": train and data.augment == "crop",
         "dtype": getattr(torch, model.dtype),
     }
-    if model.task == "vqa":
-        assert encoder is not None, "build_model gives one for this task"
-        return VqaTask(
-            encoder,
+    if model.generative:
+        assert encoder is not None, "build_model gives one for these tasks"
+        common.update(
             train=train,
             prompt=data.prompt,
-            question_field=data.question_field,
-            answers_field=data.answers_field,
             answer_choice=data.answer_choice,
             max_tokens=data.max_tokens,
             generation=(config.evaluation.generation or GenerationConfig()).model_dump(),
-            class_names=(),
-            **common,
+        )
+        if model.task == "vqa":
+            fields: dict[str, Any] = {"question_field": data.question_field, "answers_field": data.answers_field}
+            return VqaTask(encoder, class_names=(), **fields, **common)
+        likelihood = config.evaluation.class_answers == "likelihood"
+        names = required_classes(config).names
+        return ClassificationVqaTask(
+            encoder, class_question=data.class_question, likelihood=likelihood, class_names=names, **common
         )
     if processor is None:
         raise ConfigError(f"model.path: {model.path} has no image processor (preprocessor_config.json)")

@@ -29,8 +29,11 @@ class Encoder(Protocol):
     limit: int | None
     pad_id: int
     end_ids: list[int]
+    keeps_logits: bool
 
     def encode(self, question: str, images: Sequence[Any], answer: str | None = None) -> Any: ...
+
+    def continuation(self, question: str, images: int, answer: str) -> dict[str, list[int]]: ...
 
     def join(self, rows: Sequence[Any], *, left: bool) -> dict[str, torch.Tensor]: ...
 
@@ -54,8 +57,8 @@ class VqaTask(Task):
         *,
         train: bool,
         prompt: str,
-        question_field: str,
-        answers_field: str,
+        question_field: str = "question",
+        answers_field: str = "answers",
         answer_choice: str,
         max_tokens: int | None,
         generation: dict[str, Any],
@@ -99,7 +102,7 @@ class VqaTask(Task):
         """
         answers = [self.answers(sample) for sample in samples]
         rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
-        inputs = self.encoder.join(rows, left=not self.train)
+        inputs = self.encoder.join(rows, left=self.generates and not self.train)
         inputs = {name: self._cast(tensor) for name, tensor in inputs.items()}
         if self.train:
             height, width = inputs["input_ids"].shape
@@ -108,7 +111,7 @@ class VqaTask(Task):
             inputs["labels"] = labels
         return Batch(
             inputs,
-            torch.zeros(len(samples), dtype=torch.int64),
+            self.labels(samples),
             [sample["key"] for sample in samples],
             answers,
             [self.group(sample) for sample in samples],
@@ -120,6 +123,10 @@ class VqaTask(Task):
         if self.train:
             batch.inputs["labels"] = torch.full_like(batch.inputs["labels"], IGNORED)
         return batch
+
+    def labels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """[B] zeros: every sample counts."""
+        return torch.zeros(len(samples), dtype=torch.int64)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -169,10 +176,29 @@ class VqaTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean over samples of the mean cross entropy of a sample's supervised tokens."""
         inputs = dict(batch.inputs)
-        labels_RT = inputs.pop("labels")
-        likelihood_R, tokens_R = token_log_likelihood(model(**inputs).logits, labels_RT)
+        likelihood_R, tokens_R = self.log_likelihood(model, inputs, inputs.pop("labels"))
         counted_R = tokens_R > 0
         return -(likelihood_R / tokens_R.clamp(min=1)).sum() / counted_R.sum().clamp(min=1)
+
+    def log_likelihood(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels_RT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ log p of each row's supervised tokens (labels other than −100), and how many they are: [R] float32, [R] int64.
+
+        Logits at t tell of the label at t + 1. Where the model can, only the columns are computed in which some row is
+        supervised: of a long prompt and a large vocabulary, most of the memory.
+        """
+        targets_RT = labels_RT[:, 1:]
+        columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
+        if self.encoder.keeps_logits:
+            logits_RKV = model(**inputs, logits_to_keep=columns_K).logits
+        else:
+            logits_RKV = model(**inputs).logits[:, columns_K]
+        targets_RK = targets_RT[:, columns_K]
+        losses_RK = functional.cross_entropy(
+            logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none"
+        )
+        return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)
 
     def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         raise AssertionError("answers are generated, not told apart")
@@ -183,16 +209,3 @@ class VqaTask(Task):
         sequences = generate(batch.inputs, self.generation)
         prompt_tokens = batch.inputs["input_ids"].shape[1]
         return self.encoder.decode(sequences[: len(batch.labels), prompt_tokens:].cpu())
-
-
-def token_log_likelihood(logits_RTV: torch.Tensor, labels_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ log p of each row's supervised tokens (labels other than −100), and how many they are: [R] float32, [R] int64.
-
-    Logits at t tell of the label at t + 1. Only columns in which some row is supervised are brought to float32.
-    """
-    targets_RT = labels_RT[:, 1:]
-    columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
-    targets_RK = targets_RT[:, columns_K]
-    logits_RKV = logits_RTV[:, columns_K].float()
-    losses_RK = functional.cross_entropy(logits_RKV.transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none")
-    return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)

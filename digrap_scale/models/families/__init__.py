@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from digrap_scale.models.families.base import Encoded, Family
+from digrap_scale.models.families.idefics3 import Idefics3
 from digrap_scale.models.families.paligemma import PaliGemma
 
 __all__ = ["FAMILIES", "Encoded", "Family", "build_family"]
@@ -18,6 +19,12 @@ __all__ = ["FAMILIES", "Encoded", "Family", "build_family"]
 FAMILIES: dict[str, type[Family]] = {
     "paligemma": PaliGemma,
     "llava": Family,
+    "llava_next": Family,
+    "llava_onevision": Family,
+    "qwen2_5_vl": Family,
+    "qwen3_vl": Family,
+    "idefics3": Idefics3,
+    "smolvlm": Idefics3,
 }
 
 

@@ -51,14 +51,16 @@ class Family:
     """Models that are asked through their chat template; the base of the others.
 
     Attributes:
-        wrap: class names of the blocks that FSDP2 shards where the model's ``_no_split_modules`` do not say enough.
+        wrap: class names of blocks that FSDP2 shards beside those that the model itself names (``_no_split_modules``).
         blank_options: the processor's options for an image that stands where there is none.
+        keeps_logits: whether the model's forward takes ``logits_to_keep``, the columns to compute logits of.
         answer_values: fields whose value at an answer's tokens is not 0.
     """
 
     wrap: tuple[str, ...] = ()
     blank_options: dict[str, Any] = {}
     answer_values: dict[str, int] = {"attention_mask": 1}
+    keeps_logits = False
 
     def __init__(self, processor: Any, *, generation_ends: Sequence[int] = (), limit: int | None = None) -> None:
         """
@@ -135,10 +137,16 @@ class Family:
         tokens, tensors = self.encode_prompt(prompt, images, **options)
         prompt_tokens = len(tokens["input_ids"])
         if answer is not None:
-            ids = self._answer_ids(prompt, f"{self.opening}{answer.strip()}{self.end}")
+            more = self.continuation(question, len(images), answer)
             for name, values in tokens.items():
-                values += ids if name == "input_ids" else [self.answer_values.get(name, 0)] * len(ids)
+                values += more[name]
         return Encoded(tokens, prompt_tokens, tensors)
+
+    def continuation(self, question: str, images: int, answer: str) -> dict[str, list[int]]:
+        """The answer and its end, as they follow on the prompt: a value for each token in every field."""
+        ids = self._answer_ids(self.prompt(question, images), f"{self.opening}{answer.strip()}{self.end}")
+        other = {name: [self.answer_values.get(name, 0)] * len(ids) for name in TOKEN_FIELDS}
+        return {**other, "input_ids": ids}
 
     def encode_prompt(
         self, prompt: str, images: Sequence[Any], **options: Any
