@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import random
-import resource
 import statistics
 import tarfile
 import tempfile
@@ -192,17 +192,29 @@ def resume(options: argparse.Namespace, folder: Path) -> None:
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
     start = time.perf_counter()
-    shards = make(folder, options.samples, 16, samples_per_shard=10_000)
+    writer = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.samples, 16, 10_000))
+    writer.start()  # in a process of its own: what writing needs is not what reading needs
+    writer.join()
+    shards = ShardSet.open([f"{folder}/bench-*.tar"])
     print(f"{shards.samples} samples in {len(shards.paths)} shards written in {time.perf_counter() - start:.0f} s")
-    loader, start = ours(shards), time.perf_counter()
+    loader, start = ours(shards), time.process_time()
     for batch, _ in enumerate(islice(loader, len(loader)), start=1):
         if batch == 100 or batch % (len(loader) // 10) == 0:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            rate = batch * BATCH_SAMPLES / (time.perf_counter() - start)
+            own, mapped = memory_mb()
+            rate = batch * BATCH_SAMPLES / (time.process_time() - start)
             files = len(os.listdir("/proc/self/fd"))
             print(
-                f"{batch / len(loader):>5.0%}: peak {peak:.1f} MB, {files} open files, {rate:.0f} samples/s", flush=True
+                f"{batch / len(loader):>5.0%}: {own:.1f} MB of its own, {mapped:.1f} MB mapped files, {files} open files, "
+                f"{rate:.0f} samples/s of CPU time",
+                flush=True,
             )
+
+
+def memory_mb() -> tuple[float, float]:
+    """This process's own resident memory, and that of files mapped into it, which all processes share (Linux)."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    own, mapped = (int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return own, mapped
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from digrap_scale.data.make import list_folder, list_hugging_face, list_llava, make_shards
+from digrap_scale.data.order import permutation
 from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError
 
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="at most (default: %(default)s)")
     parser.add_argument("--shard-mb", type=int, help="folder, llava: megabytes of a shard, at most")
     parser.add_argument("--processes", type=int, default=1, help="shards written at a time (default: %(default)s)")
+    parser.add_argument("--in-order", action="store_true", help="keep the source's order (default: shuffled)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used, and tell of it")
     options = parser.parse_args(arguments)
     try:
@@ -57,6 +59,8 @@ def _make(options: argparse.Namespace) -> None:
         raise ConfigError([*problems[:50], f"{len(problems)} problems; --skip-bad leaves these out"])
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
+    if not options.in_order:  # training shuffles among neighbours: sorted shards would give batches of one class
+        items = [items[i] for i in permutation(f"make-shards/{options.prefix}", len(items))]
     manifest = make_shards(
         items,
         options.out,

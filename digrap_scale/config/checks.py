@@ -56,6 +56,19 @@ def _sources(
     yield from _own_names([source["name"] for source in sources], ("data", "sources"))
 
 
+def _buckets(bucketed: bool, sources: Sequence[Mapping[str, Any]], buffer_samples: int) -> Iterable[Problem]:
+    if bucketed and sources:
+        yield (
+            ("data", "bucket_by_length"),
+            "expected `false` with data.sources, found true; a batch has several sources",
+        )
+    if bucketed and buffer_samples == 0:
+        yield (
+            ("data", "bucket_by_length"),
+            "expected `false` with data.shuffle_buffer_samples 0, found true; samples are sorted within that many",
+        )
+
+
 def _bad_samples(on_bad_sample: str, max_bad_samples: int) -> Iterable[Problem]:
     if on_bad_sample != "skip" and max_bad_samples != 100:
         yield (
@@ -301,6 +314,7 @@ CHECKS = (
     Check(("data.target", "model.task", "data.classes"), _target),
     Check(("data.train", "data.sources", "data.order", "data.remainder"), _sources),
     Check(("data.remainder", "data.target"), _padded),
+    Check(("data.bucket_by_length", "data.sources", "data.shuffle_buffer_samples"), _buckets),
     Check(("data.on_bad_sample", "data.max_bad_samples"), _bad_samples),
     Check(
         ("model.task", "data.prompt", "data.augment", "evaluation.generation", "evaluation.class_answers"),

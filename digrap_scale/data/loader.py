@@ -261,7 +261,12 @@ class TrainingLoader(Iterable[Batch]):
         """
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(f"data state: version {state.get('version')!r}, expected {STATE_VERSION}")
-        names = {"seed": "run.seed", "window_samples": "data.shuffle_buffer_samples", "shards": "training shards"}
+        names = {
+            "seed": "run.seed",
+            "window_samples": "data.shuffle_buffer_samples",
+            "bucketed": "data.bucket_by_length",
+            "shards": "training shards",
+        }
         for key, expected in self._identity().items():
             if state.get(key) != expected:
                 raise CheckpointError(
@@ -280,6 +285,7 @@ class TrainingLoader(Iterable[Batch]):
         return {
             "seed": sources.seed,
             "window_samples": sources.window_samples,
+            "bucketed": sources.bucketed,
             "shards": f"{sources.samples} samples, {sources.fingerprint()}",
         }
 
@@ -300,6 +306,7 @@ def build_training_loader(
     on_bad_sample: Literal["error", "skip"] = "error",
     max_bad_samples: int = 100,
     prefetch_batches: int = 2,
+    bucket_by_length: bool = False,
 ) -> TrainingLoader:
     """Training batches of this rank, without an end.
 
@@ -320,13 +327,14 @@ def build_training_loader(
         on_bad_sample: ``skip``: a sample that cannot be decoded is left out of its batch and counted.
         max_bad_samples: bad samples on this rank that are put up with.
         prefetch_batches: batches that each worker makes ahead.
+        bucket_by_length: samples of a batch (of a step, if ``global``) have texts of about one length.
 
     Raises:
         ConfigError: fewer samples than one step, and ``remainder`` is ``drop``; while iterating, a broken shard or
             sample, by name.
     """
     named = [Source("", shards)] if isinstance(shards, ShardSet) else list(shards)
-    sources = Sources(named, seed=seed, window_samples=shuffle_buffer_samples)
+    sources = Sources(named, seed=seed, window_samples=shuffle_buffer_samples, bucketed=bucket_by_length)
     split = Split(
         sources.epoch_samples,
         batch_samples,

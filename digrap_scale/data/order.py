@@ -10,7 +10,9 @@ It is built in three steps, each of which can be asked for the sample at any pla
    as many lanes as ranks and blocks of a rank's batch, each rank reads a consecutive part of the tape (``data.order:
    local``); with one lane the sequence does not depend on the world size (``global``). What does not fill a block in
    every lane comes last.
-3. Windows: within a lane, each run of ``window_samples`` samples is permuted.
+3. Windows: within a lane, each run of ``window_samples`` samples is permuted. With lengths, a window is then sorted by
+   length, cut into blocks, and the blocks are permuted: samples of a block need little padding. (As Hugging Face's
+   ``LengthGroupedSampler`` does it in its mega-batches, but that any place can be asked for.)
 
 The permutation takes the place of a shuffle buffer. A buffer's content depends on all that went through it; a window's
 does not. It holds no samples in memory, only their numbers (16 bytes a sample of the window); the price is that samples
@@ -23,12 +25,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 _KEPT_WINDOWS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+# Lengths of samples, in any unit: (shard numbers [K], numbers in the shard [K]) → [K].
+Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def hashed(name: str) -> int:
@@ -57,6 +63,7 @@ class EpochOrder:
         seed, epoch, name: draw the order; ``name`` tells several sources apart.
         window_samples: samples that are permuted among themselves; 0 or 1 keeps the tape's order.
         lanes, block_samples: see above.
+        lengths: sorts within windows, which are then whole numbers of blocks.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class EpochOrder:
         lanes: int = 1,
         block_samples: int = 1,
         name: str = "",
+        lengths: Lengths | None = None,
     ) -> None:
         self._draw = f"digrap-epoch/{seed}/{name}/{epoch}"
         counts_array = np.asarray(counts, dtype=np.int64)
@@ -77,6 +85,9 @@ class EpochOrder:
         self._ends = np.cumsum(counts_array[self._shards])
         self._first = hashed(f"{self._draw}/start") % self.samples
         self._lanes, self._block, self._window = lanes, block_samples, max(1, window_samples)
+        self._lengths = lengths
+        if lengths is not None:
+            self._window = max(1, self._window // block_samples) * block_samples
         self._per_lane = self.samples // (lanes * block_samples) * block_samples
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -89,7 +100,11 @@ class EpochOrder:
             np.where(last, self._lanes, lane),
             np.where(last, places - self._per_lane * self._lanes, in_lane),
         )
-        tape = (self._first + lane * self._per_lane + self._permuted(lane, in_lane)) % self.samples
+        return self._on_tape(lane * self._per_lane + self._permuted(lane, in_lane))
+
+    def _on_tape(self, tape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shards [K], and numbers in them [K], of places on the tape, counted from where it begins."""
+        tape = (self._first + tape) % self.samples
         order = np.searchsorted(self._ends, tape, side="right")
         starts = np.where(order > 0, self._ends[order - 1], 0)
         return self._shards[order], tape - starts
@@ -119,8 +134,20 @@ class EpochOrder:
         if key not in self._windows:
             length = self._per_lane if lane < self._lanes else self.samples - self._per_lane * self._lanes
             size = min(self._window, length - window * self._window)
-            self._windows[key] = permutation(f"{self._draw}/{lane}/{window}", size)
+            self._windows[key] = self._sorted(key, permutation(f"{self._draw}/{lane}/{window}", size))
             if len(self._windows) > _KEPT_WINDOWS:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(key)
         return self._windows[key]
+
+    def _sorted(self, key: tuple[int, int], order: np.ndarray) -> np.ndarray:
+        """A window's order, by length in blocks that are permuted; what fills no block comes last."""
+        if self._lengths is None:
+            return order
+        lane, window = key
+        lengths = self._lengths(*self._on_tape(lane * self._per_lane + window * self._window + order))
+        order = order[np.argsort(lengths, kind="stable")]
+        blocks = len(order) // self._block
+        whole = order[: blocks * self._block].reshape(blocks, self._block)
+        drawn = permutation(f"{self._draw}/{lane}/{window}/blocks", blocks)
+        return np.concatenate([whole[drawn].reshape(-1), order[blocks * self._block :]])

@@ -17,6 +17,7 @@ from digrap_scale.data.order import EpochOrder
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.splitting import Cursor
 from digrap_scale.data.tar import ShardReader
+from digrap_scale.errors import ConfigError
 
 _KEPT_EPOCHS = 4
 
@@ -46,11 +47,17 @@ class Sources:
         sources: one or more; several are mixed.
         seed: draws the order.
         window_samples: see ``order.py``.
+        bucketed: sort windows by the samples' text, see ``order.py``; of one source.
+
+    Raises:
+        ConfigError: a source of a mixture has too small a weight; ``bucketed``, and where a shard's samples are is unknown.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, window_samples: int) -> None:
+    def __init__(self, sources: Sequence[Source], *, seed: int, window_samples: int, bucketed: bool = False) -> None:
         self.sources = tuple(sources)
-        self.seed, self.window_samples = seed, window_samples
+        self.seed, self.window_samples, self.bucketed = seed, window_samples, bucketed
+        if bucketed:
+            _refuse_unknown_lengths(self.sources)
         self._first_shards = np.cumsum([0, *(len(source.shards.counts) for source in sources)])
         self._mixture: Mixture | None = None
         if len(sources) > 1:
@@ -123,8 +130,30 @@ class Sources:
                 lanes=lanes,
                 block_samples=block,
                 name=self.sources[source].name,
+                lengths=self._text_bytes if self.bucketed else None,
             )
             if len(self._orders) > _KEPT_EPOCHS + len(self.sources):
                 self._orders.popitem(last=False)
         self._orders.move_to_end(key)
         return self._orders[key]
+
+    def _text_bytes(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """[K] bytes of the samples' json, txt and cls, as the manifest has them: a length that needs no reading."""
+        lengths = np.empty(len(shards), dtype=np.int64)
+        for shard in np.unique(shards):
+            offsets = self.sources[0].shards.offsets[shard]
+            assert offsets is not None  # refused at the start
+            mine = shards == shard
+            lengths[mine] = offsets()[indices[mine], 2]
+        return lengths
+
+
+def _refuse_unknown_lengths(sources: Sequence[Source]) -> None:
+    if len(sources) > 1:
+        raise ConfigError("data.bucket_by_length: expected one source, found a mixture; set it to false")
+    for path, offsets in zip(sources[0].shards.paths, sources[0].shards.offsets, strict=True):
+        if offsets is None:
+            raise ConfigError(
+                f"data.bucket_by_length: {path}: its manifest is of an older version and does not tell the samples' "
+                "lengths; write it anew (digrap-scale index)"
+            )

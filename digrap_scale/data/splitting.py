@@ -64,7 +64,8 @@ class Split:
         world_size: ranks.
         accumulation_steps: micro-batches of a step.
         remainder: what happens to an epoch's last samples.
-        lanes: of the epochs that begin from now on: ``world_size`` (each rank reads consecutively) or 1.
+        lanes: of the epochs that begin from now on: ``world_size`` (each rank reads consecutively) or 1; then a block is
+            a step, whatever the ranks, else a rank's batch.
     """
 
     samples: int | None
@@ -91,7 +92,7 @@ class Split:
 
     def first(self, epoch: int = 0) -> Cursor:
         """An epoch's begin."""
-        return Cursor(epoch, 0, 0, self.lanes, self.batch_samples)
+        return Cursor(epoch, 0, 0, self.lanes, self.step_samples if self.lanes == 1 else self.batch_samples)
 
     def settle(self, cursor: Cursor) -> Cursor:
         """``cursor``, or the next epoch's begin if nothing of its epoch is to be read any more."""

@@ -25,11 +25,13 @@ def sequence(order: EpochOrder) -> list[tuple[int, int]]:
     block=st.integers(1, 5),
     seed=st.integers(0, 3),
     epoch=st.integers(0, 3),
+    bucketed=st.booleans(),
 )
 def test_every_sample_comes_once_and_places_are_independent(
-    counts: list[int], window: int, lanes: int, block: int, seed: int, epoch: int
+    counts: list[int], window: int, lanes: int, block: int, seed: int, epoch: int, bucketed: bool
 ) -> None:
     options = {"window_samples": window, "lanes": lanes, "block_samples": block, "seed": seed, "epoch": epoch}
+    options["lengths"] = (lambda shards, indices: (shards * 7 + indices * 5) % 11) if bucketed else None
     whole = sequence(EpochOrder(counts, **options))
     assert sorted(whole) == [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
     fresh = EpochOrder(counts, **options)
@@ -54,6 +56,20 @@ def test_windows_shuffle_among_neighbours_alone() -> None:
     for start in range(0, 1000, 100):
         assert sorted(mixed[start : start + 100]) == sorted(plain[start : start + 100])
         assert mixed[start : start + 100] != plain[start : start + 100]
+
+
+def test_batches_are_of_like_length() -> None:
+    """Blocks of 8 in windows of 400: padding to the longest takes a few percent, not a third; blocks are in no order."""
+    lengths = np.random.default_rng(0).integers(1, 100, size=4000)
+    waste = {}
+    for bucketed in (False, True):
+        options = {"lengths": lambda _, indices: lengths[indices]} if bucketed else {}
+        order = EpochOrder([4000], seed=0, epoch=0, window_samples=400, lanes=5, block_samples=8, **options)
+        blocks = lengths[order.locate(np.arange(4000))[1]].reshape(-1, 8)
+        waste[bucketed] = 1 - blocks.sum() / (blocks.max(axis=1) * 8).sum()
+        longest = blocks.max(axis=1)
+        assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.2
+    assert waste[False] > 0.3 and waste[True] < 0.05
 
 
 def test_permutations_are_even() -> None:

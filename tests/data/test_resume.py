@@ -158,6 +158,29 @@ def test_a_global_order_is_the_same_for_any_world_size(shards: ShardSet) -> None
     assert local == runs[0]  # one rank has one lane either way
 
 
+def test_batches_by_length_resume_and_are_global(tmp_path: Path) -> None:
+    samples = make_samples(96)
+    for number, sample in enumerate(samples):
+        sample["meta"]["caption"] = "x" * (number * 37 % 96)
+    write_shards(samples, tmp_path, prefix="p", samples_per_shard=40)
+    shards = ShardSet.open([f"{tmp_path}/p-*.tar"])
+    options: dict[str, Any] = {"shuffle_buffer_samples": 48, "bucket_by_length": True}
+    whole = take(build(shards, **options), 48)
+    assert sorted(flat(whole[:24])) == list(range(96))
+    spread = [max(sizes) - min(sizes) for batch in whole if (sizes := [number * 37 % 96 for number in batch])]
+    assert sum(spread) / len(spread) < 15  # 4 of 96 lengths: 58 by chance
+    before = build(shards, workers=1, **options)
+    assert take(before, 7) == whole[:7]
+    after = build(shards, **options)
+    after.load_state_dict(before.state_dict())
+    assert take(after, 41) == whole[7:]
+    ranks = [take(build(shards, rank, 2, batch_samples=6, order="global", **options), 8) for rank in range(2)]
+    one = take(build(shards, batch_samples=12, order="global", **options), 8)
+    assert [a + b for a, b in zip(*ranks, strict=True)] == one
+    with pytest.raises(CheckpointError, match="data.bucket_by_length"):
+        build(shards, shuffle_buffer_samples=48).load_state_dict(before.state_dict())
+
+
 def test_steps_of_several_batches_end_epochs_together(shards: ShardSet) -> None:
     """101 samples, 2 ranks × 3 micro-batches × 4 = 24 a step: 4 steps, 5 samples are dropped."""
     seen = []

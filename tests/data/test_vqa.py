@@ -83,8 +83,12 @@ def test_random_targets_follow_the_seed(family: Family, tmp_path: Path) -> None:
     assert drawn == [random.Random(f"answer/{seed}").choice(answers) for seed in range(50)] and len(set(drawn)) > 5
 
 
-def test_loss_is_the_mean_over_samples(family: Family, model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_loss_is_the_mean_over_samples(
+    family: Family, model: Any, tmp_path: Path, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of each sample the loss that transformers computes for it alone; the blank row of a text batch weighs nothing."""
+    monkeypatch.setattr(family, "keeps_logits", keeps)
     task = task_of(family, tmp_path, "vqa", True)
     single = []
     for one in SAMPLES:
@@ -92,6 +96,20 @@ def test_loss_is_the_mean_over_samples(family: Family, model: Any, tmp_path: Pat
         single.append(float(model(**batch.inputs).loss.detach()))
         assert float(task.loss(model, batch).detach()) == pytest.approx(single[-1], rel=1e-4)
     assert float(task.loss(model, task.collate(SAMPLES)).detach()) == pytest.approx(sum(single) / 3, rel=1e-4)
+
+
+def test_a_batch_of_padding_counts_nowhere(family: Family, model: Any, tmp_path: Path) -> None:
+    """A rank without a sample joins forward and backward: its loss is 0, all gradients are there and zeros."""
+    task = task_of(family, tmp_path, "vqa", True)
+    batch = task.padding(SAMPLES[0])
+    assert batch.keys == [] and batch.labels.tolist() == [-1]
+    model.zero_grad()
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(p.grad is None or float(p.grad.abs().max()) == 0.0 for p in model.parameters())
+    assert any(p.grad is not None for p in model.parameters())
+    model.zero_grad()
 
 
 def test_a_blank_row_reaches_the_tower_and_changes_nothing(family: Family, model: Any, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(kind: str, source: Path, out: Path, *more: str) -> int:
-    return main([kind, str(source), "--out", str(out), "--prefix", "p", "--samples-per-shard", "3", *more])
+    common = ["--out", str(out), "--prefix", "p", "--samples-per-shard", "3", "--in-order"]
+    return main([kind, str(source), *common, *more])
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -52,6 +53,13 @@ def test_a_folder(photos: Path, tmp_path: Path, processes: str) -> None:
     assert samples[0]["meta"] == {"label": "cat", "caption": "a cat"} and samples[9]["meta"] == {"label": "dog"}
     assert samples[4]["image"].getpixel((0, 0)) == (4, 0, 0)
     assert ShardSet.open([f"{tmp_path}/out/p-*.tar"]).counts == (3, 3, 3, 1)
+
+
+def test_samples_are_shuffled_by_default(photos: Path, tmp_path: Path) -> None:
+    options = ["--out", str(tmp_path / "out"), "--prefix", "p"]
+    assert main(["folder", str(photos), *options]) == 0
+    labels = [sample["meta"]["label"] for sample in read(tmp_path / "out")]
+    assert sorted(labels) == ["cat"] * 5 + ["dog"] * 5 != labels
 
 
 def test_shards_are_limited_in_size(photos: Path, tmp_path: Path) -> None:
@@ -136,6 +144,7 @@ def test_keys_that_collide_are_named(photos: Path, tmp_path: Path, capsys: pytes
     assert run("folder", tmp_path / "nowhere", tmp_path / "out") == 2
 
 
+@pytest.mark.slow
 def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets = pytest.importorskip("datasets")
     images = [{"bytes": encoded((i, 0, 0), extension="webp"), "path": None} for i in range(4)]

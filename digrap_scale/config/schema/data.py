@@ -82,6 +82,13 @@ class DataConfig(Section):
             "is the same for any world size."
         ),
     )
+    bucket_by_length: bool = Field(
+        default=False,
+        description=(
+            "Batches of samples whose texts are about equally long (by their bytes), within `shuffle_buffer_samples`; less "
+            "padding, less random."
+        ),
+    )
     remainder: Literal["drop", "pad", "repeat"] = Field(
         default="drop",
         description=(
