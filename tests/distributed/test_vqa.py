@@ -84,7 +84,6 @@ def test_training_equals_one_process(ran: Ran, alone: dict[str, Any]) -> None:
     for kind in kinds:
         got, expected = results[0][kind], alone[kind]
         assert got["losses"] == pytest.approx(expected["losses"], rel=2e-4), kind
-        assert got["losses"][1] < got["losses"][0]
         assert got["report"]["grad_norm"] == pytest.approx(expected["report"]["grad_norm"], rel=1e-3)
         assert set(got["weights"]) == set(expected["weights"])
         start = AutoModelForImageTextToText.from_pretrained(where.parent / kind).state_dict()

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from digrap_scale.cli import main
-from tests.data.samples import raw_tar, sample_members
+from tests.data.samples import encoded, raw_tar, sample_members
 from tests.data.vqa_samples import QUESTIONS, vqa_shard
 from tests.models.tiny_vlm import save_tiny_vlm
 
@@ -99,3 +99,29 @@ def test_several_images_are_refused_where_one_is_needed(
     values["evaluation"] = {}
     assert main(["validate", write(tmp_path, values), "model.task=classification-as-vqa"]) == 2
     assert "expected one image, found 2" in capsys.readouterr().err
+
+
+def test_classification_as_vqa(values: dict[str, Any], tmp_path: Path) -> None:
+    """Trained with DoRA towards class names, scored by likelihood; the saved adapter scores the same, both ways."""
+    colours = {"cat": (255, 0, 0), "fire engine": (0, 0, 255)}
+    members = [
+        member
+        for i, label in enumerate(list(colours) * 3)
+        for member in sample_members(f"s{i}", {"label": label}, encoded(colours[label], size=16))
+    ]
+    shard = str(raw_tar(tmp_path / "shards" / "classes-000000.tar", members))
+    (tmp_path / "classes.json").write_text(json.dumps([*colours, "dog"]))
+    values["data"] = {"train": [shard], "classes": str(tmp_path / "classes.json"), "augment": "crop"}
+    values["model"]["task"] = "classification-as-vqa"
+    values["model"]["lora"] = {"rank": 2, "target_modules": r".*language_model.*\.(q_proj|v_proj)", "dora": True}
+    values["evaluation"]["suite"][0]["shards"] = [shard]
+    values["evaluation"]["class_answers"] = "likelihood"
+    file, run = write(tmp_path, values), tmp_path / "run"
+    assert main(["train", file]) == 0
+    found = result(run / "results.json")["sets"]["same"]
+    assert found["samples"] == 6 and set(found["class_accuracy"]) == set(colours)
+    assert main(["evaluate", file, "--weights", str(run / "final")]) == 0
+    assert result(run / "evaluation" / "results.json")["sets"]["same"] == found
+    assert main(["evaluate", file, "--weights", str(run / "final"), "evaluation.class_answers=generate"]) == 0
+    generated = result(run / "evaluation" / "results.json")["sets"]["same"]
+    assert generated["samples"] == 6 and set(generated["class_accuracy"]) == set(colours)
