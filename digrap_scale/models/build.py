@@ -6,6 +6,7 @@ Our own towers are known to the Auto classes by importing ``models.towers``. Wei
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,7 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
     slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
     if settings.generative:
         family = _family(folder, model_config, settings)
+        family.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
         whole = family.processor
         return BuiltModel(wrapped, whole, whole.tokenizer, folder, new, report, slices, family)

@@ -22,9 +22,9 @@ from digrap_scale.types import ShardSpec
 DEFAULT_BUFFER_BYTES = 256 << 20
 Reference = str | Path | Mapping[str, torch.Tensor]
 # Weights that PEFT starts at (or multiplies to) zero: their pre-trained value is "no change", so d = θ.
+_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
 # DoRA's magnitudes start at the norms of the pre-trained weights' rows: that first value is "no change".
 _MAGNITUDE = re.compile(r"(^|\.)lora_magnitude_vector(\.|$)")
-_ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
 
 
 def resolve_reference(

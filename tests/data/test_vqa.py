@@ -83,8 +83,12 @@ def test_random_targets_follow_the_seed(family: Family, tmp_path: Path) -> None:
     assert drawn == [random.Random(f"answer/{seed}").choice(answers) for seed in range(50)] and len(set(drawn)) > 5
 
 
-def test_loss_is_the_mean_over_samples(family: Family, model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_loss_is_the_mean_over_samples(
+    family: Family, model: Any, tmp_path: Path, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of each sample the loss that transformers computes for it alone; the blank row of a text batch weighs nothing."""
+    monkeypatch.setattr(family, "keeps_logits", keeps)
     task = task_of(family, tmp_path, "vqa", True)
     single = []
     for one in SAMPLES:

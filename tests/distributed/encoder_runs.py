@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from digrap_scale.config.schema import Config
-from digrap_scale.data.loader import build_loader
+from digrap_scale.data.reading import samples_of
 from digrap_scale.data.shards import ShardSet
+from digrap_scale.data.splitting import Span
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.suite import evaluation_mode
 from digrap_scale.training.build_run import attach_projector, build_run
@@ -31,7 +32,7 @@ def encoder_config(
             "model": {"path": model, "task": task, "new_head": new_head},
             "data": {"train": [shards], "classes": classes},
             "method": {"name": "digrap", "strength_lr": 0.05},
-            "optimizer": {"name": "sgd", "learning_rate": 2e-2, "momentum": 0.9},
+            "optimizer": {"name": "sgd", "learning_rate": 5e-3, "momentum": 0.9},
             "sharding": {"backend": backend},
             "training": {"steps": STEPS, "global_batch_samples": STEP_SAMPLES},
             "evaluation": {"suite": [{"name": "same", "shards": [shards], "shift": "id"}], "batch_samples": 4},
@@ -46,18 +47,12 @@ def run_encoder(config: Config) -> dict[str, Any]:
     run = build_run(config, here)
     projector = attach_projector(run, config)
     task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
-    loader = build_loader(
-        ShardSet.open(config.data.train),
-        task,
-        batch_samples=STEP_SAMPLES // ranks,
-        rank=rank,
-        world_size=ranks,
-        workers=0,
-        seed=0,
-        shuffle_buffer_samples=0,
-        train=False,  # in listed order: rank r's b-th batch holds the same samples as one process's, cut in pieces
-    )
-    batches = iter(loader)
+    shards = ShardSet.open(config.data.train)
+    samples = [{**one, "seed": 0} for one in samples_of([Span(0, 0, STEPS * STEP_SAMPLES)], shards.paths)]
+    share = STEP_SAMPLES // ranks
+    starts = [step * STEP_SAMPLES + rank * share for step in range(STEPS)]
+    collated = [task.collate(samples[start : start + share]) for start in starts]
+    batches = iter(collated)
     run.engine.model.train()
     losses = []
     for _ in range(STEPS):
@@ -68,7 +63,7 @@ def run_encoder(config: Config) -> dict[str, Any]:
     projector.detach()
     save_final(run, Path(config.run.folder) / "final", here)
     result = evaluate_run(run, config, here).to_dict()
-    first = prepared(run.engine, next(iter(loader)))
+    first = prepared(run.engine, collated[0])
     with run.engine.inference(), evaluation_mode(run.engine.model), torch.no_grad():
         logits = task.logits(run.engine.model, first)
     state = run.engine.full_state_dict()

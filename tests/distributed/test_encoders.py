@@ -35,9 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = (
         {
             "key": f"{i:03d}",
-            "image": encoded(tuple(c // (1 + i // 6) for c in COLOURS[list(CLASSES)[i * i % 3]]), size=16),
+            "image": encoded(tuple(c // (1 + i // 6) for c in COLOURS[list(CLASSES)[i // 2 % 3]]), size=16),
             "extension": "png",
-            "meta": {"label": list(CLASSES)[i * i % 3]},
+            "meta": {"label": list(CLASSES)[i // 2 % 3]},
         }
         for i in range(13)
     )

@@ -6,6 +6,7 @@ and answers end at different lengths. None of it may hang (the time limit) or ch
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ CASES = [
     pytest.param(("zero2", 2, QUICK), id="zero2-2", marks=pytest.mark.slow),
 ]
 Ran = tuple[tuple[str, ...], list[dict[str, Any]], Path]
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)
 
 
 def configs(folder: Path, kinds: tuple[str, ...], backend: str, where: str, **model: Any) -> dict[str, Config]:
@@ -121,3 +122,16 @@ def test_plain_transformers_opens_what_was_saved(ran: Ran) -> None:
             with torch.no_grad():
                 logits = model(**inputs).logits
             torch.testing.assert_close(logits[mask], rank[kind]["logits"][mask], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_bfloat16(backend: str, folder: Path) -> None:
+    """Computing in bfloat16, every family trains, generates and is saved in its own dtype."""
+    where = f"{backend}-bfloat16"
+    runs = configs(folder, tuple(MAKERS), backend, where, precision="bfloat16")
+    for rank in run_ranks(2, folder / f"ranks-{where}", run_all_vqa, runs):
+        for kind, got in rank.items():
+            assert all(math.isfinite(loss) for loss in got["losses"]) and not got["report"]["skipped"], kind
+            assert all(weight.dtype == torch.float32 for weight in got["weights"].values()), kind
+            assert got["answers"]

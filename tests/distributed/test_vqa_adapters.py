@@ -22,7 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"lora": {"rank": 2, "target_modules": TARGETS, "dora": True}},
     "frozen": {"freeze": ["vision_tower", "multi_modal_projector"]},
 }
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)
 
 
 def configs(folder: Path, backend: str, where: str) -> dict[str, Config]:

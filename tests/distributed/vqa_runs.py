@@ -28,7 +28,9 @@ STEP_SAMPLES = 6
 EARLY_ENDS = list(range(3, 24))  # many tokens end an answer, so that rows and ranks end at different lengths
 
 
-def vqa_config(model: str, backend: str, folder: str, train: str, test: str, **model_settings: Any) -> Config:
+def vqa_config(
+    model: str, backend: str, folder: str, train: str, test: str, precision: str = "none", **model_settings: Any
+) -> Config:
     return Config.model_validate(
         {
             "run": {"folder": folder},
@@ -37,7 +39,7 @@ def vqa_config(model: str, backend: str, folder: str, train: str, test: str, **m
             "method": {"name": "digrap", "strength_lr": 0.05},
             # Not Adam: a gradient that is zero but for rounding would move its weight by a whole step.
             "optimizer": {"name": "sgd", "learning_rate": 2e-3, "momentum": 0.9},
-            "sharding": {"backend": backend},
+            "sharding": {"backend": backend, "mixed_precision": precision},
             "training": {"steps": 2, "global_batch_samples": STEP_SAMPLES, "max_grad_norm": 1.0},
             "evaluation": {
                 "suite": [{"name": "test", "shards": [test], "shift": "id"}],

@@ -134,7 +134,9 @@ def save_vit_mae(folder: Path, classes: int = 3) -> Path:
 
 def save_beit(folder: Path, classes: int = 3) -> Path:
     torch.manual_seed(0)
-    config = BeitConfig(**vision_settings(), num_labels=classes, use_relative_position_bias=True, out_indices=[1])
+    config = BeitConfig(
+        **vision_settings(), num_labels=classes, use_relative_position_bias=True, drop_path_rate=0.0, out_indices=[1]
+    )
     BeitForImageClassification(config).save_pretrained(folder)
     BeitImageProcessorPil(
         size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}, do_center_crop=False

@@ -12,7 +12,7 @@ from torch import nn
 
 from digrap_scale.data.augment import random_resized_crop
 from digrap_scale.data.tasks.base import Task, only_image, text_field
-from digrap_scale.data.tasks.vqa import IGNORED, Encoder, VqaTask, token_log_likelihood
+from digrap_scale.data.tasks.vqa import IGNORED, Encoder, VqaTask
 from digrap_scale.types import Batch
 
 
@@ -60,7 +60,7 @@ class ClassificationVqaTask(VqaTask):
         columns = []
         for continuation in self._continuations:
             inputs, labels = _continued(batch.inputs, continuation)
-            likelihood_R, _ = token_log_likelihood(model(**inputs).logits, labels)
+            likelihood_R, _ = self.log_likelihood(model, inputs, labels)
             columns.append(likelihood_R[: len(batch.labels)])
         return torch.stack(columns, dim=1)
 

@@ -29,6 +29,7 @@ class Encoder(Protocol):
     limit: int | None
     pad_id: int
     end_ids: list[int]
+    keeps_logits: bool
 
     def encode(self, question: str, images: Sequence[Any], answer: str | None = None) -> Any: ...
 
@@ -169,10 +170,29 @@ class VqaTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean over samples of the mean cross entropy of a sample's supervised tokens."""
         inputs = dict(batch.inputs)
-        labels_RT = inputs.pop("labels")
-        likelihood_R, tokens_R = token_log_likelihood(model(**inputs).logits, labels_RT)
+        likelihood_R, tokens_R = self.log_likelihood(model, inputs, inputs.pop("labels"))
         counted_R = tokens_R > 0
         return -(likelihood_R / tokens_R.clamp(min=1)).sum() / counted_R.sum().clamp(min=1)
+
+    def log_likelihood(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels_RT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ log p of each row's supervised tokens (labels other than −100), and how many they are: [R] float32, [R] int64.
+
+        Logits at t tell of the label at t + 1. Where the model can, only the columns are computed in which some row is
+        supervised: of a long prompt and a large vocabulary, most of the memory.
+        """
+        targets_RT = labels_RT[:, 1:]
+        columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
+        if self.encoder.keeps_logits:
+            logits_RKV = model(**inputs, logits_to_keep=columns_K).logits
+        else:
+            logits_RKV = model(**inputs).logits[:, columns_K]
+        targets_RK = targets_RT[:, columns_K]
+        losses_RK = functional.cross_entropy(
+            logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none"
+        )
+        return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)
 
     def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         raise AssertionError("answers are generated, not told apart")
@@ -183,16 +203,3 @@ class VqaTask(Task):
         sequences = generate(batch.inputs, self.generation)
         prompt_tokens = batch.inputs["input_ids"].shape[1]
         return self.encoder.decode(sequences[: len(batch.labels), prompt_tokens:].cpu())
-
-
-def token_log_likelihood(logits_RTV: torch.Tensor, labels_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ log p of each row's supervised tokens (labels other than −100), and how many they are: [R] float32, [R] int64.
-
-    Logits at t tell of the label at t + 1. Only columns in which some row is supervised are brought to float32.
-    """
-    targets_RT = labels_RT[:, 1:]
-    columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
-    targets_RK = targets_RT[:, columns_K]
-    logits_RKV = logits_RTV[:, columns_K].float()
-    losses_RK = functional.cross_entropy(logits_RKV.transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none")
-    return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)

@@ -53,12 +53,14 @@ class Family:
     Attributes:
         wrap: class names of blocks that FSDP2 shards beside those that the model itself names (``_no_split_modules``).
         blank_options: the processor's options for an image that stands where there is none.
+        keeps_logits: whether the model's forward takes ``logits_to_keep``, the columns to compute logits of.
         answer_values: fields whose value at an answer's tokens is not 0.
     """
 
     wrap: tuple[str, ...] = ()
     blank_options: dict[str, Any] = {}
     answer_values: dict[str, int] = {"attention_mask": 1}
+    keeps_logits = False
 
     def __init__(self, processor: Any, *, generation_ends: Sequence[int] = (), limit: int | None = None) -> None:
         """
