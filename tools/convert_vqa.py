@@ -1,7 +1,7 @@
 """Convert a published benchmark's own files to webdataset shards.
 
     python tools/convert_vqa.py vqav2 --questions v2_OpenEnded_mscoco_val2014_questions.json \
-        --annotations v2_mscoco_val2014_annotations.json --images coco --out data/vqa --prefix vqav2-val
+        --annotations v2_mscoco_val2014_annotations.json --images coco --out shards --prefix vqav2-val
 
 docs/evaluation.md has the command for each benchmark; the formats are in digrap_scale/data/benchmarks/.
 """

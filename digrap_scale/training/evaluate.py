@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,24 +73,29 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
 
 def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[str, Iterable[Batch]]) -> ShiftDegrees:
     """How far each test set is from the training set, with the run's weights as they are. Collective."""
-    assert config.evaluation.shift_degree is not None
-    shards = ShardSet.open(config.data.train)
-    wanted = config.evaluation.shift_degree.train_samples
-    step = config.evaluation.batch_samples * here.world_size
-    training: Iterable[Batch]
-    if wanted is None or max(wanted, step) >= shards.samples:
-        training = _loader(run, config, here, shards)
-    else:  # whole batches, drawn as training draws them, at most one epoch
-        drawn = _loader(run, config, here, shards, drawn=True)
-        training = itertools.islice(drawn, min(math.ceil(wanted / step), shards.samples // step))
+    training = _loader(run, config, here, _shift_shards(config))
     model = run.engine.model
     with evaluation_mode(model):
         embed = build_embed(config.model.task, run.engine.module)
         return measure_shift(model, embed, training, loaders, device=here.device, reduce_=here.sum_)
 
 
-def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet, drawn: bool = False) -> _Prepared:
-    """Batches as evaluation takes them: each sample once in listed order, or ``drawn`` without end as in training."""
+def _shift_shards(config: Config) -> ShardSet:
+    """The training shards that shifts are measured against: all, or enough of them, drawn by the run's seed."""
+    shards = ShardSet.open(config.data.train)
+    assert config.evaluation.shift_degree is not None
+    wanted = config.evaluation.shift_degree.train_samples
+    if wanted is None or wanted >= shards.samples:
+        return shards
+    order = list(range(len(shards.paths)))
+    random.Random(f"digrap-shift/{config.run.seed}").shuffle(order)
+    sums = itertools.accumulate(shards.counts[i] for i in order)
+    enough = next(number for number, total in enumerate(sums, start=1) if total >= wanted)
+    return ShardSet.open([str(shards.paths[i]) for i in sorted(order[:enough])])
+
+
+def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet) -> _Prepared:
+    """Each sample once, in listed order, as evaluation takes them."""
     assert run.task is not None
     loader = build_loader(
         shards,
@@ -100,8 +105,8 @@ def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet, drawn:
         world_size=here.world_size,
         workers=config.data.workers,
         seed=config.run.seed,
-        shuffle_buffer_samples=config.data.shuffle_buffer_samples if drawn else 0,
-        train=drawn,
+        shuffle_buffer_samples=0,
+        train=False,
     )
     return _Prepared(run.engine, loader)
 

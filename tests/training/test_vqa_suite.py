@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from digrap_scale.cli import main
+from digrap_scale.config import parse_config
+from digrap_scale.training.evaluate import _shift_shards
 from tests.data.benchmarks.files import Files, annotation, picture, question
 from tests.models.tiny_vlm import save_tiny_vlm
 
@@ -30,7 +32,8 @@ def vqa_shards(folder: Path, name: str, text: str) -> None:
     files.write("annotations", "a.json", {"annotations": told})
     for i, colour in enumerate(COLOURS):
         files.image(f"COCO_val2014_{i:012d}.jpg", picture(colour))
-    assert convert(["vqav2", *files.arguments, "--out", str(folder), "--prefix", name]) == 0
+    arguments = ["vqav2", *files.arguments, "--out", str(folder), "--prefix", name, "--samples-per-shard", "2"]
+    assert convert(arguments) == 0
 
 
 @pytest.fixture
@@ -102,15 +105,16 @@ def test_combinations_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
-def test_some_training_samples_are_enough(values: dict[str, Any], tmp_path: Path) -> None:
-    """A part of the training set, drawn by the seed: whole batches, none twice."""
-    values["evaluation"] |= {"shift_degree": {"train_samples": 3}, "batch_samples": 2}
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(values))
-    assert main(["evaluate", str(file)]) == 0
-    first = json.loads((tmp_path / "run/evaluation/results.json").read_text())
-    assert main(["evaluate", str(file)]) == 0
-    assert json.loads((tmp_path / "run/evaluation/results.json").read_text()) == first
-    assert main(["evaluate", str(file), "evaluation.shift_degree.train_samples=6"]) == 0
-    whole = json.loads((tmp_path / "run/evaluation/results.json").read_text())
-    assert whole["rows"][0]["result"]["sets"] != first["rows"][0]["result"]["sets"]
+def test_some_training_shards_are_enough(values: dict[str, Any]) -> None:
+    """Whole shards, drawn by the seed, until they hold as many samples as were asked for."""
+
+    def taken(wanted: int | None, seed: int = 0) -> list[str]:
+        values["evaluation"]["shift_degree"] = {"train_samples": wanted}
+        values["run"]["seed"] = seed
+        return [path.name for path in _shift_shards(parse_config(yaml.safe_dump(values))).paths]
+
+    every = [f"train-{i:06d}.tar" for i in range(3)]
+    assert taken(None) == taken(6) == taken(99) == taken(5) == every
+    assert len(taken(1)) == len(taken(2)) == 1 and len(taken(3)) == 2
+    assert taken(2) == taken(2) and len({tuple(taken(2, seed)) for seed in range(9)}) > 1
+    assert set(taken(2)) < set(taken(3)) < set(every)

@@ -26,8 +26,8 @@ class ShiftDegreeConfig(Section):
     train_samples: PositiveInt | None = Field(
         default=None,
         description=(
-            "Training samples (at least so many, drawn by the run's seed) that mean and covariance are taken from; empty: "
-            "all, each once."
+            "Take mean and covariance from so many training samples at least: whole shards, drawn by the run's seed. "
+            "Empty: from all."
         ),
     )
 

@@ -2,8 +2,8 @@
 
 Files (ai.bu.edu/M3SDA, cleaned version): a list ``real_train.txt`` or ``real_test.txt`` for each domain, a line an image:
 ``real/aircraft_carrier/real_001_000001.jpg 0`` (path below the folder of images, class number); ``real.zip`` … unpack
-to ``real/``. A class's name is its folder. ``painting_train.txt`` lacks class 327 (t-shirt), so classes are taken from a
-list that has all of them, such as real's.
+to ``real/``. A class's name is its folder's, with spaces for underscores (it may have to be an answer).
+``painting_train.txt`` lacks class 327 (t-shirt), so classes are taken from a list that has all of them, such as real's.
 Tested on small files written to this format, not on the benchmark's own.
 """
 
@@ -24,7 +24,7 @@ def read(sources: Sources) -> Iterator[Item | Problem]:
 
     def make(name: str, number: int, where: str) -> Item:
         path = PurePosixPath(name)
-        meta = {"label": path.parts[-2], "domain": path.parts[0], "class_index": number}
+        meta = {"label": _class_name(path), "domain": path.parts[0], "class_index": number}
         return Item(path.stem.replace(".", "_"), (name,), meta, where)
 
     yield from items(_lines(sources.annotations), make)
@@ -41,7 +41,7 @@ def class_prompts(path: Path) -> dict[str, str]:
         if isinstance(found, Problem):
             raise ConfigError(found.message)
         name, number, where = found
-        label = PurePosixPath(name).parts[-2]
+        label = _class_name(PurePosixPath(name))
         if names.setdefault(number, label) != label:
             raise ConfigError(f"{where}: class {number} is {label!r} here and {names[number]!r} before")
     missing = sorted(set(range(max(names, default=-1) + 1)) - set(names))
@@ -49,7 +49,11 @@ def class_prompts(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: class {missing[0] if names else 0} has no image; take a list that has all classes")
     if len(set(names.values())) < len(names):
         raise ConfigError(f"{path}: two class numbers have one name; expected a folder for each class")
-    return {names[number]: PROMPT.format(names[number].replace("_", " ")) for number in sorted(names)}
+    return {names[number]: PROMPT.format(names[number]) for number in sorted(names)}
+
+
+def _class_name(path: PurePosixPath) -> str:
+    return path.parts[-2].replace("_", " ")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int, str] | Problem]:

@@ -1,6 +1,6 @@
 """The JSON that VQA benchmarks share: records of questions, records of answers, joined by id.
 
-Source: the VQA v2 format, https://visualqa.org/vqa_v2_teaser.html and its evaluation code (GT-Vision-Lab/VQA, README):
+Source: the VQA v2 format (visualqa.org, download; README of its evaluation code, GT-Vision-Lab/VQA):
 questions ``{"data_subtype": "val2014", "questions": [{"image_id", "question", "question_id"}]}``; annotations
 ``{"annotations": [{"question_type", "multiple_choice_answer", "answers": [{"answer", "answer_confidence",
 "answer_id"}], "image_id", "answer_type", "question_id"}]}``. COCO's images are ``COCO_val2014_000000000042.jpg``: the

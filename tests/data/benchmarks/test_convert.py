@@ -67,7 +67,7 @@ EXPECTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
                      "question_type": "Vehicles and Transportation", "answer_type": "other"}),
     ],
     "domainnet": [
-        ("real_001_000001", {"label": "aircraft_carrier", "domain": "real", "class_index": 0}),
+        ("real_001_000001", {"label": "aircraft carrier", "domain": "real", "class_index": 0}),
         ("real_002_000024", {"label": "airplane", "domain": "real", "class_index": 1}),
     ],
 }  # fmt: skip
@@ -214,7 +214,7 @@ def test_classes_of_domainnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     file = tmp_path / "classes.json"
     assert run("domainnet", files, "--classes-out", str(file))[0] == 0
     classes = load_classes(file)
-    assert classes.names == ("aircraft_carrier", "airplane")
+    assert classes.names == ("aircraft carrier", "airplane")
     assert classes.prompts == ("a photo of a aircraft carrier.", "a photo of a airplane.")
     (tmp_path / "real_test.txt").write_text("real/airplane/real_002_000024.jpg 1\n")
     capsys.readouterr()
