@@ -138,22 +138,24 @@ def encode(processor: LlavaProcessor, turns: list[tuple[str, str]]) -> tuple[lis
 def batches(features: TileFeatures, processor: LlavaProcessor, steps: int) -> Iterator[dict[str, torch.Tensor]]:
     """``steps`` batches: ``input_ids``, ``labels`` and ``attention_mask`` [B, T], ``image_tokens`` [B, GRID², C]."""
     kinds = pg.make_split().label
-    pad = processor.tokenizer.pad_token_id
     for step in range(steps):
         rng = random.Random(f"{SEED}/{step}")
         pages = [features.page(rng) for _ in range(BATCH_PAGES)]
         encoded = [encode(processor, dialogue(scene, kinds, rng)) for scene, _ in pages]
-        longest = max(len(ids) for ids, _ in encoded)
-        rows = [
-            (ids + [pad] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids))) for ids, labels in encoded
-        ]
-        lengths = torch.tensor([len(ids) for ids, _ in encoded])
-        yield {
-            "input_ids": torch.tensor([ids for ids, _ in rows]),
-            "labels": torch.tensor([labels for _, labels in rows]),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-            "image_tokens": features.tokens(torch.tensor([tile_rows for _, tile_rows in pages])),
-        }
+        image_tokens = features.tokens(torch.tensor([tile_rows for _, tile_rows in pages]))
+        yield {**padded(processor, encoded), "image_tokens": image_tokens}
+
+
+def padded(processor: LlavaProcessor, encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Dialogues of ``encode`` side by side: ``input_ids``, ``labels`` and ``attention_mask`` [B, T], padded on the right."""
+    pad = processor.tokenizer.pad_token_id
+    longest = max(len(ids) for ids, _ in encoded)
+    lengths = torch.tensor([len(ids) for ids, _ in encoded])
+    return {
+        "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in encoded]),
+        "labels": torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in encoded]),
+        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+    }
 
 
 def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -165,11 +167,11 @@ def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]
     return model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
 
 
-def rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to 0; the share of ``LEARNING_RATE`` at ``step``."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+def rate(step: int, steps: int, warmup_steps: int) -> float:
+    """Linear warm-up, then a cosine to 0: the share of the peak's learning rate at ``step``."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
@@ -183,7 +185,7 @@ def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with open(out / "align.jsonl", "w", encoding="utf-8") as log:
         for step, batch in enumerate(batches(features, processor, steps)):
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps, WARMUP_STEPS)
             loss = loss_of(model, batch)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
