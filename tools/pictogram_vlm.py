@@ -121,7 +121,7 @@ def make_config() -> LlavaConfig:
     ids = {f"{name}_token_id": tokens.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
     text = LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **LANGUAGE_MODEL, **ids)
     return LlavaConfig(
-        vision_config=EfficientNetLiteTokensConfig(),
+        vision_config=EfficientNetLiteTokensConfig(window_pixels=scenes.TILE),
         text_config=text,
         image_token_index=tokens.index(IMAGE),
         image_seq_length=IMAGE_TOKENS,

@@ -1,9 +1,9 @@
-"""The whole recipe of the small VLM: shards, three phases, keep, score.
+"""The whole recipe of the small VLM: shards, two phases, keep, score.
 
     python tools/pretrain_pictogram_vlm.py [--packages runs/packages] [--out FOLDER] [--align-steps N] [key=value …]
 
 Needs npm and resvg-py, and a registry for the first run. The second phase is
-``digrap-scale train configs/pretrain/pictogram_vlm.yaml`` (overrides are passed on); the second and the third run on
+``digrap-scale train configs/pretrain/pictogram_vlm.yaml`` (overrides are passed on); both run on
 ``--processes`` processes. Paths lie under ``runs/pictogram_vlm``. ``--from keep`` starts at a later step.
 """
 
@@ -31,11 +31,11 @@ import digrap_scale.models.towers  # noqa: F401  (makes the image tower known to
 CONFIG = "configs/pretrain/pictogram_vlm.yaml"
 WORK = Path("runs/pictogram_vlm")
 ASSETS = Path("digrap_scale/demo/assets")
-STEPS = ("shards", "align", "train", "converse", "keep", "score")
+STEPS = ("shards", "align", "train", "keep", "score")
 PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pillow", "resvg_py")
 WEIGHTS_FILE = "model.safetensors"
 SCORED_SAMPLES = 200
-ALIGN_STEPS, CONVERSE_STEPS = 600, 130
+ALIGN_STEPS = 1500
 # The sets that tell of pre-training: name → whether its style was seen.
 SCORED = {
     "colour-styles": "seen",
@@ -74,7 +74,7 @@ def recipe(out: Path, scores: dict[str, Any], logs: list[list[str]]) -> str:
     digest = hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest()
     versions = "\n".join(f"- {name} {version(name)}" for name in PACKAGES)
     size = (out / WEIGHTS_FILE).stat().st_size
-    names = ("First", "Second", "Third")
+    names = ("First", "Second")
     phases = "\n\n".join(
         f"{name} phase:\n\n```\n" + "\n".join(picked(log)) + "\n```" for name, log in zip(names, logs, strict=True)
     )
@@ -89,8 +89,7 @@ fluent-emoji, fluent-emoji-flat and emojione, some of them turned into greys or 
 
 1. projector and language model on the frozen tower, whose tokens of each pictogram are computed once
    (`tools/align_pictogram_vlm.py`; its constants are the hyper-parameters);
-2. everything, on whole pages with one question or caption each, through `digrap-scale train {CONFIG}`;
-3. the tower frozen again, whole pages with eight or nine questions each in one dialogue (`tools/converse_pictogram_vlm.py`).
+2. everything, on whole pages with one question or caption each, through `digrap-scale train {CONFIG}`.
 
 `fluent-emoji-high-contrast` (the style that the demo fine-tunes on), `emojione-monotone` and `openmoji` were never seen,
 nor were the held-out concepts in any style.
@@ -149,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where fetched packages are kept")
     parser.add_argument("--out", type=Path, default=ASSETS / "pictogram_vlm", help="folder to write")
-    parser.add_argument("--processes", type=int, default=2, help="of the second and third phase")
+    parser.add_argument("--processes", type=int, default=2, help="of both phases")
     parser.add_argument("--from", dest="first", choices=STEPS, default=STEPS[0], help="step to start at")
     parser.add_argument("overrides", nargs="*", help="section.key=value, passed on to the second phase")
     options = parser.parse_args(arguments)
@@ -161,21 +160,18 @@ def main(arguments: list[str] | None = None) -> int:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes))
     if "align" in steps:
         paths = ("--foundation", str(ASSETS / "foundation"), "--packages", packages, "--out", f"{WORK}/start")
-        run_python("tools/align_pictogram_vlm.py", *paths, "--steps", str(ALIGN_STEPS))
+        run_python(*launcher, "tools/align_pictogram_vlm.py", *paths, "--steps", str(ALIGN_STEPS))
     if "train" in steps:
         run_python(*launcher, "-m", "digrap_scale", "train", CONFIG, *options.overrides)
-    if "converse" in steps:
-        paths = ("--model", f"{WORK}/run/final", "--shards", f"{WORK}/shards", "--out", f"{WORK}/conversed")
-        run_python(*launcher, "tools/converse_pictogram_vlm.py", *paths, "--steps", str(CONVERSE_STEPS))
     if "keep" in steps:
-        keep(ROOT / WORK / "conversed", out)
+        keep(ROOT / WORK / "run" / "final", out)
     sets, scores = f"{WORK}/sets", f"{WORK}/scores.json"
     samples = ("--samples", str(SCORED_SAMPLES))
     run_python(make, "sets", "--packages", packages, "--out", sets, "--train-samples", "2000", *samples)
     run_python(make, "far", "--packages", packages, "--out", sets, *samples)
     told = ("--model", str(out), "--sets", sets, "--json", scores, "--names", *SCORED)
     run_python("tools/score_pictogram_vqa.py", *told)
-    names = ("start/align.jsonl", "run/metrics.jsonl", "conversed/converse.jsonl")
+    names = ("start/align.jsonl", "run/metrics.jsonl")
     logs = [(ROOT / WORK / name).read_text(encoding="utf-8").splitlines() for name in names]
     table = json.loads((ROOT / scores).read_text(encoding="utf-8"))
     (out / "RECIPE.md").write_text(recipe(out, table, logs), encoding="utf-8")

@@ -85,5 +85,8 @@ def test_demo_runs_and_prints_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(["demo", "--task", "vqa", "--folder", str(tmp_path), "--steps", "2"]) == 0
     rows, _ = read_report(tmp_path / "results.json")
     names = [row.name for row in rows]
-    assert names == ["zero-shot", *(f"{tuning}: {name}" for tuning in ("full", "LoRA") for name in vqa_settings.METHODS)]
+    assert names == [
+        "zero-shot",
+        *(f"{tuning}: {name}" for tuning in ("full", "LoRA") for name in vqa_settings.METHODS),
+    ]
     assert all(len(row.result.sets) == len(vqa.TESTS) + 2 for row in rows)
