@@ -63,7 +63,7 @@ class TileFeatures:
         split = pg.make_split()
         train = set(split.label) - split.test
         rng = random.Random(SEED)
-        images = []
+        images: list[pg.Image.Image] = []
         self.rows: dict[tuple[str, str], list[int]] = {}
         self.concepts: dict[str, dict[str, list[str]]] = {}
         for style in pg.ALIGNMENT_STYLES:
@@ -73,7 +73,7 @@ class TileFeatures:
                 for variant in range(VARIANTS):
                     cell: scenes.Scene = (concept, None, None, None)
                     varied = tile if variant == 0 else tiles.vary(tile, rng)
-                    page = scenes.compose(rng, cell, lambda _, varied=varied: varied)
+                    page = scenes.compose(rng, cell, {concept: varied}.__getitem__)
                     self.rows.setdefault((style, concept), []).append(len(images))
                     images.append(page.crop((0, 0, scenes.TILE, scenes.TILE)))
         images.append(pg.Image.new("RGB", (scenes.TILE, scenes.TILE), "white"))

@@ -158,7 +158,7 @@ def make_shipped(out: Path, packages: Path) -> None:
     report("easy-vqa", write_shards(samples, out, prefix="easy-vqa", samples_per_shard=vqa.SAMPLES_PER_SHARD))
     tiles, label = vqa.read_tiles(ASSETS / "pictograms")
     model = ASSETS / "pictogram_vlm"
-    table = {
+    table: dict[str, Any] = {
         "model_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
         "candidates": SHIPPED_CANDIDATES,
         "indices": failures(tiles, label, model, SHIPPED_CANDIDATES),

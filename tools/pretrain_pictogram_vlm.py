@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_python(*launcher, "-m", "digrap_scale", "train", CONFIG, *options.overrides)
     if "keep" in steps:
         keep(ROOT / WORK / "run" / "final", out)
+        run_python(make, "shipped", "--packages", packages)  # what this model answers wrongly
     sets, scores = f"{WORK}/sets", f"{WORK}/scores.json"
     samples = ("--samples", str(SCORED_SAMPLES))
     run_python(make, "sets", "--packages", packages, "--out", sets, "--train-samples", "2000", *samples)
