@@ -2,10 +2,10 @@
 
     python tools/align_pictogram_vlm.py --foundation FOLDER --packages FOLDER --out FOLDER [--steps 1000]
 
-The tower sees every pictogram of the training concepts alone, in ``VARIANTS`` variations a style, once; a page's image
-tokens are then put together from those of its four cells. (In a whole page neighbouring cells also see each other:
-that is left to the second phase, ``configs/pretrain/pictogram_vlm.yaml``.) A page is asked for its captions and one
-question of every type in one dialogue; the answers are supervised. Writes a Hugging Face folder and ``align.jsonl``.
+The tower reads a page's cells one by one (``window_pixels``), so it sees every pictogram of the training concepts, in
+``VARIANTS`` variations a style, once; a page's image tokens are then put together from those of its four cells. A page
+is asked for its captions and one question of every type, each as if it were the only one; the answers are supervised.
+Alone or under torchrun, where gradients are averaged. Writes a Hugging Face folder and ``align.jsonl``.
 """
 
 # B pages, V tiles, N tokens a cell, C channels, T text tokens
@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,12 +38,13 @@ import pictograms as pg
 from digrap_scale.demo import scenes
 
 SEED = 0
-VARIANTS = 4
+VARIANTS = 3
 BATCH_PAGES = 32
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-WARMUP_STEPS = 50
+WARMUP_STEPS = 10
 MAX_GRAD_NORM = 1.0
+SAVE_STEPS = 25
 IGNORED = -100
 CELL_SIDE = scenes.TILE // vlm.TOKEN_PIXELS  # tokens along a cell's side
 GRID = vlm.PAGE // vlm.TOKEN_PIXELS
@@ -59,7 +63,7 @@ class TileFeatures:
         split = pg.make_split()
         train = set(split.label) - split.test
         rng = random.Random(SEED)
-        images = []
+        images: list[pg.Image.Image] = []
         self.rows: dict[tuple[str, str], list[int]] = {}
         self.concepts: dict[str, dict[str, list[str]]] = {}
         for style in pg.ALIGNMENT_STYLES:
@@ -69,7 +73,7 @@ class TileFeatures:
                 for variant in range(VARIANTS):
                     cell: scenes.Scene = (concept, None, None, None)
                     varied = tile if variant == 0 else tiles.vary(tile, rng)
-                    page = scenes.compose(rng, cell, lambda _, varied=varied: varied)
+                    page = scenes.compose(rng, cell, {concept: varied}.__getitem__)
                     self.rows.setdefault((style, concept), []).append(len(images))
                     images.append(page.crop((0, 0, scenes.TILE, scenes.TILE)))
         images.append(pg.Image.new("RGB", (scenes.TILE, scenes.TILE), "white"))
@@ -119,41 +123,68 @@ def dialogue(scene: scenes.Scene, kinds: scenes.Kinds, rng: random.Random) -> li
     return turns
 
 
-def encode(processor: LlavaProcessor, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """A dialogue's tokens and labels; the labels of everything but answers and their ends are ``IGNORED``."""
+@dataclass(frozen=True)
+class Packed:
+    """Several turns about one image in one row; a turn sees the image and itself alone, as if it were the only one.
+
+    (If it saw the others, it could read its answer off a caption before it, and need not look.)
+    """
+
+    ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    turns: list[int]  # 0: what all share
+
+
+def encode(processor: LlavaProcessor, turns: list[tuple[str, str]]) -> Packed:
+    """A dialogue's tokens; the labels of everything but answers and their ends are ``IGNORED``."""
     tokenizer = processor.tokenizer
 
     def ids_of(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    ids, labels = [tokenizer.bos_token_id], [IGNORED]
-    for number, (question, answer) in enumerate(turns):
-        image = vlm.IMAGE * vlm.IMAGE_TOKENS if number == 0 else ""
-        asked, told = ids_of(f"USER: {image}\n{question} ASSISTANT:"), ids_of(answer + vlm.EOS)
-        ids += asked + told
-        labels += [IGNORED] * len(asked) + told
-    return ids, labels
+    shared = [tokenizer.bos_token_id, *ids_of(f"USER: {vlm.IMAGE * vlm.IMAGE_TOKENS}")]
+    packed = Packed(list(shared), [IGNORED] * len(shared), list(range(len(shared))), [0] * len(shared))
+    for number, (question, answer) in enumerate(turns, start=1):
+        asked, told = ids_of(f"{question} ASSISTANT:"), ids_of(answer + vlm.EOS)
+        packed.ids.extend(asked + told)
+        packed.labels.extend([IGNORED] * len(asked) + told)
+        packed.positions.extend(range(len(shared), len(shared) + len(asked) + len(told)))
+        packed.turns.extend([number] * (len(asked) + len(told)))
+    return packed
 
 
-def batches(features: TileFeatures, processor: LlavaProcessor, steps: int) -> Iterator[dict[str, torch.Tensor]]:
-    """``steps`` batches: ``input_ids``, ``labels`` and ``attention_mask`` [B, T], ``image_tokens`` [B, GRID², C]."""
+def batches(
+    features: TileFeatures, processor: LlavaProcessor, steps: int, rank: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """``steps`` batches of this process: those of ``padded``, and ``image_tokens`` [B, GRID², C]."""
     kinds = pg.make_split().label
-    pad = processor.tokenizer.pad_token_id
     for step in range(steps):
-        rng = random.Random(f"{SEED}/{step}")
+        rng = random.Random(f"{SEED}/{rank}/{step}")
         pages = [features.page(rng) for _ in range(BATCH_PAGES)]
         encoded = [encode(processor, dialogue(scene, kinds, rng)) for scene, _ in pages]
-        longest = max(len(ids) for ids, _ in encoded)
-        rows = [
-            (ids + [pad] * (longest - len(ids)), labels + [IGNORED] * (longest - len(ids))) for ids, labels in encoded
-        ]
-        lengths = torch.tensor([len(ids) for ids, _ in encoded])
-        yield {
-            "input_ids": torch.tensor([ids for ids, _ in rows]),
-            "labels": torch.tensor([labels for _, labels in rows]),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-            "image_tokens": features.tokens(torch.tensor([tile_rows for _, tile_rows in pages])),
-        }
+        image_tokens = features.tokens(torch.tensor([tile_rows for _, tile_rows in pages]))
+        yield {**padded(processor, encoded), "image_tokens": image_tokens}
+
+
+def padded(processor: LlavaProcessor, rows: list[Packed]) -> dict[str, torch.Tensor]:
+    """Rows side by side, padded on the right: ``input_ids``, ``labels``, ``position_ids`` [B, T], and ``attention_mask``
+    [B, 1, T, T], True where a token sees another."""
+    longest = max(len(row.ids) for row in rows)
+
+    def filled(name: str, fill: int) -> torch.Tensor:
+        values = [getattr(row, name) for row in rows]
+        return torch.tensor([value + [fill] * (longest - len(value)) for value in values])
+
+    turns = filled("turns", -1)
+    before = torch.ones(longest, longest, dtype=torch.bool).tril()
+    seen = (turns[:, None, :] == 0) | (turns[:, None, :] == turns[:, :, None])
+    return {
+        "input_ids": filled("ids", processor.tokenizer.pad_token_id),
+        "labels": filled("labels", IGNORED),
+        "position_ids": filled("positions", 0),
+        "attention_mask": (before & seen)[:, None],
+    }
 
 
 def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -162,34 +193,51 @@ def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]
     seen = model.model.multi_modal_projector(batch["image_tokens"])
     holes = (batch["input_ids"] == model.config.image_token_id).unsqueeze(-1)
     embedded = embedded.masked_scatter(holes, seen)
-    return model(inputs_embeds=embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    told = {name: batch[name] for name in ("attention_mask", "position_ids", "labels")}
+    return model(inputs_embeds=embedded, **told).loss
 
 
-def rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to 0; the share of ``LEARNING_RATE`` at ``step``."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+def rate(step: int, steps: int, warmup_steps: int) -> float:
+    """Linear warm-up, then a cosine to 0: the share of the peak's learning rate at ``step``."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
-    """Run the phase and write model, processor and log into ``out``."""
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Mean over processes, where there are several."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+            assert parameter.grad is not None
+            parameter.grad.div_(dist.get_world_size())
+
+
+def align(foundation: Path, packages: Path, out: Path, steps: int, start: Path | None) -> None:
+    """Run the phase and write model, processor and log into ``out``, the model every ``SAVE_STEPS`` steps."""
+    rank = int(os.environ.get("RANK", "0"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model, processor = vlm.make_model(foundation, SEED).eval(), vlm.make_processor()
+    if start is not None:
+        trained_before = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+        model.load_state_dict(trained_before.state_dict())
     features = TileFeatures(model, processor, packages)
     model.model.vision_tower.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    with open(out / "align.jsonl", "w", encoding="utf-8") as log:
-        for step, batch in enumerate(batches(features, processor, steps)):
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps)
+    with open(out / "align.jsonl" if rank == 0 else os.devnull, "w", encoding="utf-8") as log:
+        for step, batch in enumerate(batches(features, processor, steps, rank)):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps, WARMUP_STEPS)
             loss = loss_of(model, batch)
             loss.backward()
+            average_gradients(trained)
             norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
-            if step % 25 == 24 or step == 0:
+            if step % 10 == 9 or step == 0:
                 line: dict[str, Any] = {
                     "step": step + 1,
                     "loss": round(loss.item(), 4),
@@ -197,10 +245,11 @@ def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
                 }
                 line["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(line), file=log, flush=True)
-                print(json.dumps(line), flush=True)
-    model.model.vision_tower.requires_grad_(True)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+            if rank == 0 and (step + 1 == steps or step % SAVE_STEPS == SAVE_STEPS - 1):
+                model.save_pretrained(out)
+                processor.save_pretrained(out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,8 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--packages", type=Path, required=True, help="where the pictogram packages are kept")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--continue-from", type=Path, help="folder of a model to go on with (default: a new one)")
     options = parser.parse_args(arguments)
-    align(options.foundation, options.packages, options.out, options.steps)
+    align(options.foundation, options.packages, options.out, options.steps, options.continue_from)
     return 0
 
 

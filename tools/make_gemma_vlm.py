@@ -16,6 +16,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration
@@ -93,8 +94,8 @@ def pruned_rows(embeddings: torch.Tensor, tokenizer: object) -> torch.Tensor:
 
 def build(gguf: Path, vision: Path) -> LlavaForConditionalGeneration:
     """LLaVA's class with the image tower of ``vision`` and Gemma's layers; float32."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    gemma = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    gemma: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     rows = pruned_rows(gemma.get_input_embeddings().weight.detach(), tokenizer)
     config = vlm.make_config()
     text = gemma.config.get_text_config()
@@ -106,7 +107,7 @@ def build(gguf: Path, vision: Path) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config)
     weights = {name: tensor for name, tensor in gemma.model.state_dict().items() if name != "embed_tokens.weight"}
     model.model.language_model.load_state_dict(weights | {"embed_tokens.weight": rows})
-    trained = AutoModelForImageTextToText.from_pretrained(vision, dtype=torch.float32)
+    trained: Any = AutoModelForImageTextToText.from_pretrained(vision, dtype=torch.float32)
     model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
     return model
 

@@ -4,7 +4,7 @@
     python tools/make_pictogram_vqa.py far --out FOLDER              # photographs and easy-vqa
     python tools/make_pictogram_vqa.py pretraining --out FOLDER      # captions and questions for the small VLM
     python tools/make_pictogram_vqa.py adversarial --model FOLDER --out FOLDER   # what that model answers wrongly
-    python tools/make_pictogram_vqa.py shipped [--check]             # the demo's assets: easy-vqa, adversarial.json
+    python tools/make_pictogram_vqa.py shipped                       # the demo's assets: easy-vqa, adversarial.json
 
 Packages are fetched once (``--packages``) through npm, pip and apt, and checked against their pinned hashes. Equal
 packages, resvg-py and Pillow give equal bytes; a set's manifest holds the SHA-256 of each shard.
@@ -38,7 +38,7 @@ from digrap_scale.errors import DigrapError
 TRAIN_SAMPLES, TEST_SAMPLES, FAR_SAMPLES, CANDIDATES = 10_000, 1_000, 1_000, 4_000
 PRETRAINING_SAMPLES = 10_000
 CAPTION_SHARE = 0.4  # of the pre-training samples
-SHIPPED_FAR = 150
+SHIPPED_FAR, SHIPPED_CANDIDATES = 150, 400
 ASSETS = Path(__file__).resolve().parents[1] / "digrap_scale" / "demo" / "assets"
 # Styles that are fetched and not kept here join the near sets.
 OUTLINED = vqa.SetSpec("outlined style", ("openmoji",), modality="vision")
@@ -158,13 +158,13 @@ def make_shipped(out: Path, packages: Path) -> None:
     report("easy-vqa", write_shards(samples, out, prefix="easy-vqa", samples_per_shard=vqa.SAMPLES_PER_SHARD))
     tiles, label = vqa.read_tiles(ASSETS / "pictograms")
     model = ASSETS / "pictogram_vlm"
-    table = {
+    table: dict[str, Any] = {
         "model_sha256": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
-        "candidates": CANDIDATES // 4,
-        "indices": failures(tiles, label, model, CANDIDATES // 4),
+        "candidates": SHIPPED_CANDIDATES,
+        "indices": failures(tiles, label, model, SHIPPED_CANDIDATES),
     }
     (out / "adversarial.json").write_text(json.dumps(table) + "\n", encoding="utf-8")
-    print(f"adversarial: {len(table['indices'])} of {CANDIDATES // 4} candidates")
+    print(f"adversarial: {len(table['indices'])} of {SHIPPED_CANDIDATES} candidates")
 
 
 def report(name: str, manifest: Any) -> None:

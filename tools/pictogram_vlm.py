@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -37,7 +38,7 @@ FAR_WORDS = (
     "a an and are blue black brown circle color contain contains does gray green have image is it of present rectangle "
     "red shape teal there triangle what which yellow no not yes the in not"
 ).split()
-LANGUAGE_MODEL = {
+LANGUAGE_MODEL: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -118,10 +119,12 @@ def make_processor() -> LlavaProcessor:
 def make_config() -> LlavaConfig:
     """The architecture: EfficientNet-Lite0, LLaVA's projector, a small Llama with tied embeddings."""
     tokens = vocabulary()
-    ids = {f"{name}_token_id": tokens.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
+    ids: dict[str, Any] = {
+        f"{name}_token_id": tokens.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))
+    }
     text = LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **LANGUAGE_MODEL, **ids)
     return LlavaConfig(
-        vision_config=EfficientNetLiteTokensConfig(),
+        vision_config=EfficientNetLiteTokensConfig(window_pixels=scenes.TILE),
         text_config=text,
         image_token_index=tokens.index(IMAGE),
         image_seq_length=IMAGE_TOKENS,

@@ -1,10 +1,10 @@
-"""The whole recipe of the small VLM: shards, first and second phase, keep, score.
+"""The whole recipe of the small VLM: shards, two phases, keep, score.
 
     python tools/pretrain_pictogram_vlm.py [--packages runs/packages] [--out FOLDER] [--align-steps N] [key=value …]
 
 Needs npm and resvg-py, and a registry for the first run. The second phase is
-``digrap-scale train configs/pretrain/pictogram_vlm.yaml`` (overrides are passed on); paths lie under
-``runs/pictogram_vlm``. ``--from keep`` starts at a later step.
+``digrap-scale train configs/pretrain/pictogram_vlm.yaml`` (overrides are passed on); both run on
+``--processes`` processes. Paths lie under ``runs/pictogram_vlm``. ``--from keep`` starts at a later step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ ASSETS = Path("digrap_scale/demo/assets")
 STEPS = ("shards", "align", "train", "keep", "score")
 PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pillow", "resvg_py")
 WEIGHTS_FILE = "model.safetensors"
-SCORED_SAMPLES = 500
+SCORED_SAMPLES = 200
+ALIGN_STEPS = 1500
 # The sets that tell of pre-training: name → whether its style was seen.
 SCORED = {
     "colour-styles": "seen",
@@ -49,15 +50,15 @@ SCORED = {
 }
 
 
-def keep(run: Path, out: Path) -> None:
-    """Write ``run``'s final model into ``out``: parameters in bfloat16, BatchNorm's statistics in float32.
+def keep(trained: Path, out: Path) -> None:
+    """Write the ``trained`` model into ``out``: parameters in bfloat16, BatchNorm's statistics in float32.
 
     Raises:
-        SystemExit: the run has no final weights.
+        SystemExit: it has no weights.
     """
-    if not (run / "final" / WEIGHTS_FILE).exists():
-        raise SystemExit(f"error: {run / 'final' / WEIGHTS_FILE}: not found; let the run finish first")
-    model = AutoModelForImageTextToText.from_pretrained(run / "final", dtype=torch.float32)
+    if not (trained / WEIGHTS_FILE).exists():
+        raise SystemExit(f"error: {trained / WEIGHTS_FILE}: not found; let the phases before finish first")
+    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     model.save_pretrained(out)
@@ -68,11 +69,15 @@ def keep(run: Path, out: Path) -> None:
     vlm.make_processor().save_pretrained(out)
 
 
-def recipe(out: Path, scores: dict[str, Any], log: list[str], align_log: list[str]) -> str:
-    """RECIPE.md: what was done, versions, hash, accuracy, and lines of both logs."""
+def recipe(out: Path, scores: dict[str, Any], logs: list[list[str]]) -> str:
+    """RECIPE.md: what was done, versions, hash, accuracy, and lines of the phases' logs."""
     digest = hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest()
     versions = "\n".join(f"- {name} {version(name)}" for name in PACKAGES)
     size = (out / WEIGHTS_FILE).stat().st_size
+    names = ("First", "Second")
+    phases = "\n\n".join(
+        f"{name} phase:\n\n```\n" + "\n".join(picked(log)) + "\n```" for name, log in zip(names, logs, strict=True)
+    )
     return f"""# How this model was made
 
 A LLaVA (`LlavaForConditionalGeneration` of transformers) of 5.6 M parameters: the EfficientNet-Lite0 image tower of the
@@ -84,7 +89,7 @@ fluent-emoji, fluent-emoji-flat and emojione, some of them turned into greys or 
 
 1. projector and language model on the frozen tower, whose tokens of each pictogram are computed once
    (`tools/align_pictogram_vlm.py`; its constants are the hyper-parameters);
-2. everything, on whole pages, through `digrap-scale train {CONFIG}`.
+2. everything, on whole pages with one question or caption each, through `digrap-scale train {CONFIG}`.
 
 `fluent-emoji-high-contrast` (the style that the demo fine-tunes on), `emojione-monotone` and `openmoji` were never seen,
 nor were the held-out concepts in any style.
@@ -111,17 +116,7 @@ shares.
 
 ## From the logs
 
-First phase:
-
-```
-{chr(10).join(picked(align_log))}
-```
-
-Second phase:
-
-```
-{chr(10).join(picked(log))}
-```
+{phases}
 """
 
 
@@ -153,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where fetched packages are kept")
     parser.add_argument("--out", type=Path, default=ASSETS / "pictogram_vlm", help="folder to write")
-    parser.add_argument("--align-steps", type=int, default=600, help="steps of the first phase")
+    parser.add_argument("--processes", type=int, default=2, help="of both phases")
     parser.add_argument("--from", dest="first", choices=STEPS, default=STEPS[0], help="step to start at")
     parser.add_argument("overrides", nargs="*", help="section.key=value, passed on to the second phase")
     options = parser.parse_args(arguments)
@@ -162,26 +157,25 @@ def main(arguments: list[str] | None = None) -> int:
     make = "tools/make_pictogram_vqa.py"
     if "shards" in steps:
         run_python(make, "pretraining", "--packages", packages, "--out", f"{WORK}/shards")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes))
     if "align" in steps:
-        count = ("--steps", str(options.align_steps))
         paths = ("--foundation", str(ASSETS / "foundation"), "--packages", packages, "--out", f"{WORK}/start")
-        run_python("tools/align_pictogram_vlm.py", *paths, *count)
+        run_python(*launcher, "tools/align_pictogram_vlm.py", *paths, "--steps", str(ALIGN_STEPS))
     if "train" in steps:
-        run_python("-m", "digrap_scale", "train", CONFIG, *options.overrides)
+        run_python(*launcher, "-m", "digrap_scale", "train", CONFIG, *options.overrides)
     if "keep" in steps:
-        keep(ROOT / WORK / "run", out)
+        keep(ROOT / WORK / "run" / "final", out)
+        run_python(make, "shipped", "--packages", packages)  # what this model answers wrongly
     sets, scores = f"{WORK}/sets", f"{WORK}/scores.json"
     samples = ("--samples", str(SCORED_SAMPLES))
     run_python(make, "sets", "--packages", packages, "--out", sets, "--train-samples", "2000", *samples)
     run_python(make, "far", "--packages", packages, "--out", sets, *samples)
     told = ("--model", str(out), "--sets", sets, "--json", scores, "--names", *SCORED)
     run_python("tools/score_pictogram_vqa.py", *told)
-    logs = [
-        (ROOT / WORK / name).read_text(encoding="utf-8").splitlines()
-        for name in ("run/metrics.jsonl", "start/align.jsonl")
-    ]
+    names = ("start/align.jsonl", "run/metrics.jsonl")
+    logs = [(ROOT / WORK / name).read_text(encoding="utf-8").splitlines() for name in names]
     table = json.loads((ROOT / scores).read_text(encoding="utf-8"))
-    (out / "RECIPE.md").write_text(recipe(out, table, *logs), encoding="utf-8")
+    (out / "RECIPE.md").write_text(recipe(out, table, logs), encoding="utf-8")
     return 0
 
 

@@ -9,6 +9,7 @@ from digrap_scale.config import Config, parse_config
 from digrap_scale.config.strict_yaml import dump
 from digrap_scale.demo import pictogram_vqa as vqa
 from digrap_scale.demo.settings import ASSETS, METHODS, STRENGTH_LR
+from digrap_scale.errors import ConfigError
 
 __all__ = ["LEARNING_RATES", "METHODS", "STRENGTH_LR", "make_config", "write_sets"]
 
@@ -31,9 +32,12 @@ def write_sets(folder: Path) -> None:
     """Compose the demo's sets from the shipped pictograms: training, ID, near sets, the adversarial one.
 
     Raises:
-        ConfigError: the shipped shards cannot be read.
+        ConfigError: the small VLM was not made yet, or the shipped shards cannot be read.
         SaveError: the disk refuses.
     """
+    for made in (FOUNDATION / "model.safetensors", SHIPPED / "adversarial.json"):
+        if not made.exists():
+            raise ConfigError(f"demo --task vqa: {made} is not there; make it with tools/pretrain_pictogram_vlm.py")
     tiles, label = vqa.read_tiles(ASSETS / "pictograms")
     vqa.write_set(vqa.TRAIN, tiles, label, folder, range(TRAIN_SAMPLES))
     for spec in (vqa.VALIDATION, *vqa.TESTS):

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -96,17 +98,33 @@ def test_processor_writes_llavas_turns() -> None:
     assert processor.apply_chat_template([asked, told]) == f"{prompt} top left</s>"
     ids = processor(images=[Image.new("RGB", (128, 128))], text=[prompt], return_tensors="pt")["input_ids"][0].tolist()
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<image>")) == vlm.IMAGE_TOKENS == 16
-    # The first phase packs several turns; its first one is what the template gives.
-    packed, labels = align.encode(processor, [("where is the owl?", "top left"), ("is there a bird?", "yes")])
-    assert packed[: len(ids)] == ids
-    supervised = [token for token, label in zip(packed, labels, strict=True) if label != align.IGNORED]
+    # The first phase packs several turns; the first one is what the template gives.
+    packed = align.encode(processor, [("where is the owl?", "top left"), ("is there a bird?", "yes")])
+    assert packed.ids[: len(ids)] == ids
+    supervised = [token for token, label in zip(packed.ids, packed.labels, strict=True) if label != align.IGNORED]
     assert processor.tokenizer.decode(supervised) == "top left </s> yes </s>"
+
+
+def test_packed_turns_are_answered_as_if_alone() -> None:
+    processor = vlm.make_processor()
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(vlm.make_config()).eval()
+    turns = [("where is the owl?", "top left"), ("is there a bird?", "yes"), ("describe the picture.", "owl, nothing")]
+    image = torch.randn(1, vlm.IMAGE_TOKENS, 1280)
+
+    def losses(turns: list[tuple[str, str]]) -> tuple[float, int]:
+        packed = align.padded(processor, [align.encode(processor, turns)])
+        count = int((packed["labels"] != align.IGNORED).sum())
+        return align.loss_of(model, {**packed, "image_tokens": image}).item() * count, count
+
+    together, count = losses(turns)
+    alone = [losses([turn]) for turn in turns]
+    assert count == sum(tokens for _, tokens in alone)
+    assert together == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
 
 
 def test_tiles_are_put_together_in_the_towers_order() -> None:
     features = align.TileFeatures.__new__(align.TileFeatures)
-    import torch
-
     # Four tiles of four tokens, each token telling tile and place.
     features.tokens_VNC = torch.arange(16.0).reshape(4, 4, 1).bfloat16()
     tokens = features.tokens(torch.tensor([[0, 1, 2, 3]])).reshape(4, 4)

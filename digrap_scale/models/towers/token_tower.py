@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -13,9 +15,16 @@ TOKEN_PIXELS = 32  # the tower's stride: a token stands for a square of this sid
 
 
 class EfficientNetLiteTokensConfig(EfficientNetLiteConfig):
-    """The sizes of ``EfficientNetLiteConfig`` under a type of their own, by which the Auto classes find the tower."""
+    """The sizes of ``EfficientNetLiteConfig`` under a type of their own, by which the Auto classes find the tower.
+
+    Attributes:
+        window_pixels: side of the squares that the tower reads one by one, so that each is seen at the size that it was
+            trained at and without its neighbours; 0: the whole image at once. Sides of images must be multiples of it.
+    """
 
     model_type = "efficientnet_lite_tokens"
+
+    window_pixels: int = 0
 
 
 class EfficientNetLiteTokensModel(EfficientNetLiteModel):
@@ -39,11 +48,26 @@ class EfficientNetLiteTokensModel(EfficientNetLiteModel):
 
         Returns:
             ``last_hidden_state`` [B, N, C] and ``pooler_output`` [B, C].
+
+        Raises:
+            ValueError: an image's side is no multiple of ``window_pixels``.
         """
-        output = super().forward(pixel_values)
-        assert output.last_hidden_state is not None
-        tokens = output.last_hidden_state.flatten(2).transpose(1, 2)
+        side = cast(EfficientNetLiteTokensConfig, self.config).window_pixels or None
+        batch, channels, height, width = pixel_values.shape
+        if side is not None and (height % side or width % side):
+            raise ValueError(
+                f"image of {height}×{width} pixels: sides must be multiples of window_pixels ({side}); "
+                "set the image processor's size"
+            )
+        rows, columns = (height // side, width // side) if side is not None else (1, 1)
+        windows = pixel_values.reshape(batch, channels, rows, height // rows, columns, width // columns)
+        windows = windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // rows, width // columns)
+        output = super().forward(windows)
+        assert output.last_hidden_state is not None and output.pooler_output is not None
+        # [B · rows · columns, C, h, w] → [B, rows · h · columns · w, C]: the order of one map over the whole image
+        maps = output.last_hidden_state
+        grid = maps.reshape(batch, rows, columns, *maps.shape[1:]).permute(0, 1, 4, 2, 5, 3)
+        tokens = grid.reshape(batch, -1, maps.shape[1])
+        pooled = output.pooler_output.reshape(batch, rows * columns, -1).mean(dim=1)
         hidden = None if output_hidden_states is None or output_hidden_states is False else (tokens,)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=tokens, pooler_output=output.pooler_output, hidden_states=hidden
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled, hidden_states=hidden)

@@ -34,6 +34,23 @@ def test_tokens_are_the_map_row_by_row() -> None:
             assert torch.equal(tokens[:, row * width + column], feature_map[:, :, row, column])
 
 
+def test_windows_are_read_alone_and_put_together_in_order() -> None:
+    torch.manual_seed(0)
+    tower = EfficientNetLiteTokensModel(EfficientNetLiteTokensConfig(**SIZES, window_pixels=8)).eval()
+    alone = EfficientNetLiteModel(EfficientNetLiteConfig(**SIZES)).eval()
+    alone.load_state_dict(tower.state_dict())
+    pixels = torch.randn(2, 3, 16, 24)  # 2 × 3 windows of 2 × 2 tokens
+    tokens = tower(pixels).last_hidden_state.reshape(2, 4, 6, -1)
+    for row in range(2):
+        for column in range(3):
+            window = pixels[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            expected = alone(window).last_hidden_state.permute(0, 2, 3, 1)
+            found = tokens[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="multiples of window_pixels"):
+        tower(torch.zeros(1, 3, 8, 12))
+
+
 def test_hidden_states_are_given_when_asked_for() -> None:
     tower = EfficientNetLiteTokensModel(EfficientNetLiteTokensConfig(**SIZES)).eval()
     pixels = torch.zeros(1, 3, 8, 8)
