@@ -166,6 +166,30 @@ def test_merged_adapter_is_peft_s(tmp_path: Path, kind: str, targets: list[str],
     assert torch.equal(found, outputs(adapted.merge_and_unload(), kind))
 
 
+def test_training_checkpoint_with_its_adapter_is_merged(tmp_path: Path) -> None:
+    """Base and adapter in one checkpoint, under PEFT's names, as a run or a DeepSpeed engine saves them."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_vlm("clip")
+    options = {"target_modules": ["q_proj", "position_embedding"], "modules_to_save": ["text_projection"]}
+    adapted = get_peft_model(model, LoraConfig(r=4, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    adapted.save_pretrained(tmp_path / "adapter")
+    dcp.save({"model": adapted.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(CheckpointError, match="adapter_config.json"):
+        convert(tmp_path / "dcp", tmp_path / "out", "safetensors", merge_into="")
+    arguments = ["convert", str(tmp_path / "dcp"), str(tmp_path / "out"), "--to", "safetensors", "--merge-adapter"]
+    assert main([*arguments, "--companions", str(tmp_path / "adapter")]) == 0
+    assert_same(contents(tmp_path / "out"), dict(adapted.merge_and_unload().state_dict()))
+    with pytest.raises(CheckpointError, match="adapter named default"):
+        convert(
+            save(tmp_path / "hf", some_state()), tmp_path / "x", "dcp", merge_into="", companions=tmp_path / "adapter"
+        )
+
+
 def test_adapter_stays_an_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
