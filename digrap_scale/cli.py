@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -103,8 +102,6 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from digrap_scale.training.run import train
 
-    # A launcher that gives up sends SIGTERM: leave through the run's log, so that its status says so.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     train(_load(options))
 
 
@@ -197,5 +194,8 @@ def _complain(error: DigrapError) -> None:
     if error.agreed and rank != 0:
         return
     prefix = f"rank {rank}: " if rank != 0 else ""
-    for line in str(error).splitlines():
+    # A launcher's own exit status is 1, whatever ours was.
+    suffix = f" (exit {error.exit_code})" if "WORLD_SIZE" in os.environ else ""
+    *lines, last = str(error).splitlines()
+    for line in [*lines, last + suffix]:
         print(f"{prefix}{line}", file=sys.stderr)

@@ -50,6 +50,13 @@ class PeerError(DigrapError):
     exit_code = 5
 
 
+class Preempted(DigrapError):
+    """The run was asked to stop, and saved its state before it did (exit 75): not an error, but the end of this process."""
+
+    exit_code = EXIT_PREEMPTED
+    agreed = True
+
+
 class NonFiniteError(DigrapError):
     """Too many steps in a row had a gradient that is not finite (exit 1): the run has diverged."""
 

@@ -9,6 +9,7 @@ import torch
 
 # (name, start, stop) → elements [start, stop) of the flattened tensor of that name: [stop − start].
 Slices = Callable[[str, int, int], torch.Tensor]
+SHARED_ELEMENTS = 1 << 16  # a replicated tensor below is one rank's alone to write
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,47 @@ class ShardSpec:
     def numel(self) -> int:
         """Elements that this rank holds (padding excluded)."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """This rank's part of a named tensor, as checkpoints take it.
+
+    Attributes:
+        key: the tensor's name in the checkpoint.
+        shape: its full shape.
+        start: first element that this rank holds, in the flattened (C order) tensor.
+        stop: one past the last.
+        tensor: [stop − start] its values; reading a checkpoint writes into it.
+        replica: which of the ranks that hold the same part this is.
+        replicas: how many hold it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    tensor: torch.Tensor
+    replica: int = 0
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.tensor.ndim == 1 and self.tensor.numel() == self.stop - self.start, f"{self.key}: not a flat part"
+
+    def own(self) -> TensorPart:
+        """What this rank writes of it: see ``own_interval``."""
+        start, stop = own_interval(self.start, self.stop, self.replica, self.replicas)
+        tensor = self.tensor[start - self.start : stop - self.start]
+        return replace(self, start=start, stop=stop, tensor=tensor, replica=0, replicas=1)
+
+
+def own_interval(start: int, stop: int, replica: int, replicas: int) -> tuple[int, int]:
+    """Which elements of [start, stop), held by ``replicas`` ranks, the one of number ``replica`` answers for: an equal share
+    of many, all or nothing of a few."""
+    numel = stop - start
+    if numel < SHARED_ELEMENTS:
+        return (start, stop) if replica == 0 else (start, start)
+    return start + numel * replica // replicas, start + numel * (replica + 1) // replicas
 
 
 @dataclass(slots=True)
@@ -148,6 +190,14 @@ class Batch:
         return Batch(
             {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
             None if self.labels is None else self.labels.to(device, non_blocking=True),
+            self.keys,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to an accelerator do not wait."""
+        return Batch(
+            {name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            None if self.labels is None else self.labels.pin_memory(),
             self.keys,
         )
 

@@ -53,11 +53,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
-        if (failed := _writing_error(error, beside)) is not None:
+        if (failed := writing_error(error, beside)) is not None:
             raise save_error(path, failed) from error
         raise
     finally:
@@ -92,10 +92,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         _remove(beside)
         beside.mkdir()
         yield beside
-        for folder, _, files in os.walk(beside):
-            for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+        sync_tree(beside)
         if path.exists():
             os.rename(path, old)
         try:
@@ -104,21 +101,23 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             if old.exists():
                 os.rename(old, path)
             raise
-        _sync(path.parent)
+        sync(path.parent)
         _remove(old)
     except (OSError, SafetensorError) as error:
-        if (failed := _writing_error(error, beside)) is not None:
+        if (failed := writing_error(error, beside)) is not None:
             raise save_error(path, failed) from error
         raise
     finally:
         _remove(beside)
 
 
-def _writing_error(error: OSError | SafetensorError, beside: Path) -> OSError | None:
+def writing_error(error: BaseException, beside: Path) -> OSError | None:
     """The error as an ``OSError`` if it is about writing, else None (a source that cannot be read, say)."""
     if isinstance(error, SafetensorError):  # keeps the system's error only as text: "... (os error 28)"
         code = re.search(r"\(os error (\d+)\)", str(error))
         error = OSError(int(code.group(1)), os.strerror(int(code.group(1)))) if code else OSError(str(error))
+    if not isinstance(error, OSError):
+        return None
     ours = error.filename is not None and str(error.filename).startswith(str(beside))
     return error if error.errno in _WRITING or ours else None
 
@@ -130,7 +129,8 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync a file or a folder's own entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -139,3 +139,11 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def sync_tree(top: Path, files: bool = True) -> None:
+    """fsync every folder of ``top``, and the files in them."""
+    for folder, _, names in os.walk(top):
+        for name in names if files else ():
+            sync(Path(folder, name))
+        sync(Path(folder))

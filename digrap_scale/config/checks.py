@@ -26,11 +26,50 @@ class Check:
     run: Callable[..., Iterable[Problem]]
 
 
-def _length(steps: int | None, epochs: int | None) -> Iterable[Problem]:
-    if steps is None and epochs is None:
-        yield ("training",), "expected `steps` or `epochs`, found neither"
-    elif steps is not None and epochs is not None:
-        yield ("training", "epochs"), f"expected `steps` or `epochs`, found both ({steps} and {epochs}); remove one"
+def _length(steps: int | None, epochs: int | None, samples: int | None) -> Iterable[Problem]:
+    given = {"steps": steps, "epochs": epochs, "samples": samples}
+    found = {key: value for key, value in given.items() if value is not None}
+    if not found:
+        yield ("training",), "expected `steps`, `epochs` or `samples`, found none"
+    elif len(found) > 1:
+        shown = " and ".join(f"{key} ({value})" for key, value in found.items())
+        yield ("training", list(found)[1]), f"expected `steps`, `epochs` or `samples`, found {shown}; keep one"
+
+
+def _sources(
+    train: Sequence[str], sources: Sequence[Mapping[str, Any]], order: str, remainder: str
+) -> Iterable[Problem]:
+    if not train and not sources:
+        yield ("data",), "expected shards in `train` or `sources`, found neither"
+    if train and sources:
+        yield ("data", "sources"), "expected `train` or `sources`, found both; make `train` one of the sources"
+    if sources and order != "global":
+        yield (
+            ("data", "order"),
+            f"expected `global` with data.sources, found `{order}`; a mixture is one sequence for all ranks",
+        )
+    if sources and remainder != "drop":
+        yield (
+            ("data", "remainder"),
+            f"expected no value with data.sources, found `{remainder}`; a mixture goes on without an end",
+        )
+    yield from _own_names([source["name"] for source in sources], ("data", "sources"))
+
+
+def _bad_samples(on_bad_sample: str, max_bad_samples: int) -> Iterable[Problem]:
+    if on_bad_sample != "skip" and max_bad_samples != 100:
+        yield (
+            ("data", "max_bad_samples"),
+            f"expected no value with data.on_bad_sample `{on_bad_sample}`, found {max_bad_samples}; it is for `skip`",
+        )
+
+
+def _padded(remainder: str, target: str) -> Iterable[Problem]:
+    if remainder == "pad" and target == "caption":
+        yield (
+            ("data", "remainder"),
+            "expected `drop` or `repeat` with data.target `caption`, found `pad`; its loss compares a batch's captions",
+        )
 
 
 def _accumulation(global_samples: int, micro_samples: int | None) -> Iterable[Problem]:
@@ -164,14 +203,27 @@ def _projection(projection: str, name: str) -> Iterable[Problem]:
         )
 
 
+def _native(native: bool, backend: str) -> Iterable[Problem]:
+    if native and not backend.startswith("zero"):
+        yield (
+            ("checkpoint", "deepspeed_native"),
+            f"expected `false` with sharding.backend `{backend}`, found `true`; only zero1, zero2 and zero3 have an engine",
+        )
+
+
 def _suite_names(suite: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
+    return _own_names([entry["name"] for entry in suite], ("evaluation", "suite"))
+
+
+def _own_names(names: Sequence[str], path: Path) -> Iterable[Problem]:
+    """Every entry of a list of sections has a name of its own."""
     first: dict[str, int] = {}
-    for index, entry in enumerate(suite):
-        name = entry["name"]
+    for index, name in enumerate(names):
         if name in first:
+            where = ".".join(map(str, path))
             yield (
-                ("evaluation", "suite", index, "name"),
-                f"expected a name of its own, found {name!r} again (first: evaluation.suite.{first[name]})",
+                (*path, index, "name"),
+                f"expected a name of its own, found {name!r} again (first: {where}.{first[name]})",
             )
         first.setdefault(name, index)
 
@@ -189,7 +241,7 @@ def _group_patterns(groups: Sequence[Mapping[str, Any]]) -> Iterable[Problem]:
 
 
 CHECKS = (
-    Check(("training.steps", "training.epochs"), _length),
+    Check(("training.steps", "training.epochs", "training.samples"), _length),
     Check(("training.global_batch_samples", "training.micro_batch_samples"), _accumulation),
     Check(("schedule.warmup_steps", "training.steps"), _warmup),
     Check(("model.freeze", "model.train_only"), _trained),
@@ -199,11 +251,15 @@ CHECKS = (
     Check(("sharding.offload", "sharding.backend"), _offload),
     Check(("sharding.zero", "sharding.backend"), _zero),
     Check(("data.target", "model.task", "data.classes"), _target),
+    Check(("data.train", "data.sources", "data.order", "data.remainder"), _sources),
+    Check(("data.remainder", "data.target"), _padded),
+    Check(("data.on_bad_sample", "data.max_bad_samples"), _bad_samples),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),
     Check(("training.statistics", "sharding.backend", "reference.placement"), _statistics),
     Check(("reference.placement", "reference.source", "reference.buffer_bytes"), _streamed),
     Check(("training.projection", "optimizer.name"), _projection),
+    Check(("checkpoint.deepspeed_native", "sharding.backend"), _native),
     Check(("evaluation.suite",), _suite_names),
 )
 

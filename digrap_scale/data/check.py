@@ -33,19 +33,26 @@ def check_data(config: Config) -> list[str]:
         problems.append("data.classes: needed by evaluation.suite: a JSON list of names or object of name → prompt")
     label = (data.label_field, "data.label_field")
     caption = (data.caption_field, "data.caption_field")
-    problems += _check_set("data.train", data.train, classes, caption if data.target == "caption" else label)
+    field = caption if data.target == "caption" else label
+    if data.train:
+        problems += _check_set("data.train", data.train, classes, field, data.on_bad_sample == "skip")
+    for index, source in enumerate(data.sources):
+        where = f"data.sources.{index} ({source.name})"
+        problems += _check_set(where, source.shards, classes, field, data.on_bad_sample == "skip")
     for index, entry in enumerate(config.evaluation.suite):
         problems += _check_set(f"evaluation.suite.{index} ({entry.name})", entry.shards, classes, label)
     return problems
 
 
-def _check_set(where: str, patterns: Sequence[str], classes: Classes | None, field: tuple[str, str]) -> list[str]:
+def _check_set(
+    where: str, patterns: Sequence[str], classes: Classes | None, field: tuple[str, str], skip: bool = False
+) -> list[str]:
     """Opens a set and decodes its first samples."""
     try:
-        shards = ShardSet.open(patterns)
+        shards = ShardSet.open(patterns, skip=skip)
         spans = [Span(i, 0, count) for i, count in enumerate(shards.counts) if count]
         is_label = field[1] == "data.label_field"
-        for sample in itertools.islice(samples_of(spans, shards.paths), LOOKED_AT_SAMPLES):
+        for sample in itertools.islice(samples_of(spans, shards.paths, shards.offsets, skip), LOOKED_AT_SAMPLES):
             text = text_field(sample, *field)
             if is_label and classes is not None and text not in classes.names:
                 return [f"{where}: {sample['shard']}: sample {sample['key']}: label {text!r} is not among data.classes"]

@@ -1,27 +1,58 @@
 """Shards + task → batches, the same number on every rank.
 
-The split is in ``splitting.py``. A training loader never ends: epochs follow each other inside the workers, each
-shuffled anew from seed and epoch. Where a batch stands in the run (its slot) fixes its samples and their augmentation.
+Training never ends: epochs follow each other. The order is a function of the place in it (``order.py``), and what a
+rank takes is arithmetic (``splitting.py``), so this process says which batch comes next and a worker makes it: workers
+hold no state. How far the run is, is what the loader has handed out, not what workers have prefetched:
+
+    loader = build_training_loader(…)
+    for batch in loader: …            # goes on from where the loader is
+    state = loader.state_dict()       # between two optimizer steps: the same on every rank, a small JSON object
+    loader.load_state_dict(state)     # before iterating; any world size, batch size and number of workers
+
+With the same world size and batch every rank then gets the batches that it would have got, in the same order. With
+others the ranks together get the rest of the epoch's samples, each once. Nothing is replayed: it takes as long at the
+end of an epoch as at its start.
+
+Evaluation is one pass in listed order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from digrap_scale.data.reading import samples_of
+from digrap_scale.data.reading import decode_sample
 from digrap_scale.data.shards import ShardSet
-from digrap_scale.data.splitting import Span, batches_per_epoch, eval_spans, train_spans
+from digrap_scale.data.sources import Located, Source, Sources
+from digrap_scale.data.splitting import Cursor, Remainder, Split, eval_batches, eval_spans
+from digrap_scale.data.tar import SampleError, ShardReader
 from digrap_scale.data.tasks.base import Task
-from digrap_scale.errors import ConfigError
+from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.types import Batch
+
+STATE_VERSION = 1
+MAX_SHOWN_SKIPS = 20
+logger = logging.getLogger(__name__)
+Place = TypeVar("Place")
+
+
+@dataclass
+class _Delivery:
+    """A batch on its way from a worker, and the bad samples that are not in it."""
+
+    batch: Batch
+    skipped: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> _Delivery:
+        """DataLoader calls it where there is an accelerator."""
+        return _Delivery(self.batch.pin_memory(), self.skipped)
 
 
 @dataclass(frozen=True)
@@ -31,119 +62,230 @@ class _Failure:
     problems: list[str]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """What one rank's share of the data depends on."""
+class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
+    """Batches by their places; every worker process has a copy, and opens its own files."""
 
-    batch_samples: int
-    rank: int
-    world_size: int
-    seed: int
-    shuffle_buffer_samples: int
+    def __init__(self, sources: Sources, task: Task, skip: bool) -> None:
+        self.sources, self.task, self.skip = sources, task, skip
+        self._reader: ShardReader | None = None
 
-
-class _Batches(IterableDataset[Batch | _Failure]):
-    """One worker's batches; ``__len__`` counts those of the whole rank in one pass."""
-
-    def __init__(self, shards: ShardSet, task: Task, place: _Place, train: bool) -> None:
-        super().__init__()
-        self.shards, self.task, self.place, self.train = shards, task, place, train
-
-    def __iter__(self) -> Iterator[Batch | _Failure]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+    def __getitem__(self, place: Place) -> _Delivery | _Failure:
         try:
-            yield from self._train(worker, workers) if self.train else self._evaluate(worker, workers)
+            return self._make(self.located(place))
         except ConfigError as error:
-            yield _Failure(error.problems)
+            return _Failure(error.problems)
 
-    def _train(self, worker: int, workers: int) -> Iterator[Batch]:
-        place = self.place
-        for epoch in itertools.count():
-            spans = train_spans(
-                self.shards.counts,
-                batch_samples=place.batch_samples,
-                rank=place.rank,
-                world_size=place.world_size,
-                worker=worker,
-                workers=workers,
-                seed=place.seed,
-                epoch=epoch,
-            )
-            samples = samples_of(
-                spans,
-                self.shards.paths,
-                shuffle_buffer_samples=place.shuffle_buffer_samples,
-                shuffle_seed=f"{place.seed}/{epoch}/{place.rank}/{worker}",
-            )
-            while batch := list(itertools.islice(samples, place.batch_samples)):
-                yield self._collate(batch, epoch)
+    def located(self, place: Place) -> list[Located]:
+        """The samples of a batch."""
+        raise NotImplementedError
 
-    def _evaluate(self, worker: int, workers: int) -> Iterator[Batch]:
-        place = self.place
-        batches = eval_spans(
-            self.shards.counts,
-            batch_samples=place.batch_samples,
-            rank=place.rank,
-            world_size=place.world_size,
-            worker=worker,
-            workers=workers,
-        )
-        samples = samples_of(itertools.chain.from_iterable(batches), self.shards.paths)
-        for spans in batches:
-            batch = list(itertools.islice(samples, sum(span.stop - span.start for span in spans)))
-            if batch:
-                yield self._collate(batch, epoch=0)
-            else:
-                yield self._padding()
+    def _make(self, located: list[Located]) -> _Delivery:
+        samples: list[dict[str, Any]] = []
+        skipped: list[str] = []
+        for where in located:
+            try:
+                samples.append(self._sample(where))
+            except SampleError as error:
+                if not self.skip:
+                    raise
+                skipped += error.problems
+        try:
+            batch = self.task.collate(samples) if samples else self._padding()
+        except ConfigError:
+            if not self.skip:
+                raise
+            batch = self._collate_good(samples, skipped)
+        return _Delivery(batch, skipped)
 
-    def _collate(self, samples: list[dict[str, Any]], epoch: int) -> Batch:
+    def _collate_good(self, samples: list[dict[str, Any]], skipped: list[str]) -> Batch:
+        """The batch without the samples that the task refuses."""
+        good = []
         for sample in samples:
-            # The file's name without its folder: the same data elsewhere gives the same crops.
-            name = f"{self.place.seed}/{epoch}/{Path(sample['shard']).name}/{sample['key']}"
-            sample["seed"] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-        return self.task.collate(samples)
+            try:
+                self.task.collate([sample])
+                good.append(sample)
+            except ConfigError as error:
+                skipped += error.problems
+        return self.task.collate(good) if good else self._padding()
+
+    def _sample(self, where: Located) -> dict[str, Any]:
+        self._reader = self._reader or self.sources.reader()
+        sample = decode_sample(self._reader.read(where.shard, where.index))
+        # The file's name without its folder: the same data elsewhere gives the same crops.
+        name = f"{self.sources.seed}/{where.epoch}/{Path(sample['shard']).name}/{sample['key']}"
+        sample["seed"] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+        return sample
 
     def _padding(self) -> Batch:
-        """A batch that counts nowhere, so that this rank joins the others' collectives: labels −1, no keys."""
-        first = next(shard for shard, count in enumerate(self.shards.counts) if count)
-        batch = self._collate(list(samples_of([Span(first, 0, 1)], self.shards.paths)), epoch=0)
-        assert batch.labels is not None  # every task's collate gives labels
-        return Batch(batch.inputs, torch.full_like(batch.labels, -1), [])
-
-    def __len__(self) -> int:
-        place = self.place
-        return batches_per_epoch(
-            self.shards.samples, batch_samples=place.batch_samples, world_size=place.world_size, train=self.train
-        )
+        """A batch that counts nowhere, so that this rank joins the others' collectives; made of the first good sample."""
+        for shard, count in enumerate(self.sources.counts):
+            for index in range(count):
+                try:
+                    return self.task.padding(self._sample(Located(shard, index, 0)))
+                except ConfigError:
+                    if not self.skip:
+                        raise
+        raise ConfigError(f"{self.sources.sources[0].shards.paths[0]} and the other shards: every sample is bad")
 
 
-class BatchLoader(Iterable[Batch]):
-    """Batches of one rank. ``len`` is the batches of one pass: in training an epoch, though iteration never ends.
+class _TrainBatches(_Batches[Cursor]):
+    def __init__(self, sources: Sources, task: Task, skip: bool, split: Split, rank: int) -> None:
+        super().__init__(sources, task, skip)
+        self.split, self.rank = split, rank
 
-    Each ``iter`` starts at epoch 0.
+    def located(self, place: Cursor) -> list[Located]:
+        return self.sources.locate(place, self.split.places(place, self.rank))
+
+
+class _EvalBatches(_Batches[int]):
+    def __init__(self, sources: Sources, task: Task, batch_samples: int, rank: int, world_size: int) -> None:
+        super().__init__(sources, task, skip=False)
+        self._place: dict[str, int] = {"batch_samples": batch_samples, "rank": rank, "world_size": world_size}
+
+    def located(self, place: int) -> list[Located]:
+        spans = eval_spans(self.sources.counts, place, **self._place)
+        return [Located(span.shard, index, 0) for span in spans for index in range(span.start, span.stop)]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How batches are made.
+
+    Attributes:
+        count: loader processes of this rank; 0 makes them in this process.
+        prefetch_batches: batches that each of them makes ahead.
     """
 
-    def __init__(self, dataset: _Batches, workers: int) -> None:
-        self._dataset = dataset
+    count: int = 0
+    prefetch_batches: int = 2
+
+    def run(self, batches: _Batches[Place], places: Iterable[Place], seed: int) -> Iterator[_Delivery]:
+        """The batches of ``places``, in order. Raises: ConfigError: what is wrong with a shard or sample."""
         # Its own generator: starting workers must not draw from the global one, which seeds dropout.
-        generator = torch.Generator().manual_seed(dataset.place.seed)
-        self._loader: DataLoader[Batch | _Failure] = DataLoader(
-            dataset, batch_size=None, num_workers=workers, generator=generator, in_order=True
+        loader: DataLoader[_Delivery | _Failure] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=places,
+            num_workers=self.count,
+            prefetch_factor=self.prefetch_batches if self.count else None,
+            pin_memory=torch.accelerator.is_available(),
+            generator=torch.Generator().manual_seed(seed),
+            in_order=True,
         )
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
+        for item in loader:
             if isinstance(item, _Failure):
                 raise ConfigError(item.problems)
             yield item
 
 
-def build_loader(
-    shard_set: ShardSet,
+class EvaluationLoader(Iterable[Batch]):
+    """One rank's batches of a pass in listed order; all ranks have the same number, ``len``."""
+
+    def __init__(self, batches: _EvalBatches, count: int, workers: Workers) -> None:
+        self._batches, self._count, self._workers = batches, count, workers
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._workers.run(self._batches, range(self._count), self._batches.sources.seed):
+            yield item.batch
+
+
+class TrainingLoader(Iterable[Batch]):
+    """One rank's batches, without an end. ``len`` is those of an epoch (of a mixture: of as many samples as it has).
+
+    Attributes:
+        bad_samples: samples that this rank has skipped since it was built.
+    """
+
+    def __init__(self, batches: _TrainBatches, max_bad_samples: int, workers: Workers) -> None:
+        self._batches, self._workers = batches, workers
+        self._max_bad_samples = max_bad_samples
+        self._cursor = batches.split.first()
+        self.bad_samples = 0
+
+    def __len__(self) -> int:
+        split = self._batches.split
+        return split.steps_per_epoch(self._batches.sources.samples) * split.accumulation_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._workers.run(self._batches, self._ahead(), self._batches.sources.seed):
+            # First the place, then the batch: whoever holds the batch finds it counted.
+            self._cursor = self._batches.split.next(self._cursor)
+            self._count_bad(item.skipped)
+            yield item.batch
+
+    def _ahead(self) -> Iterator[Cursor]:
+        """The places that workers are sent to, ahead of what is handed out."""
+        cursor = self._cursor
+        while True:
+            yield cursor
+            cursor = self._batches.split.next(cursor)
+
+    def _count_bad(self, skipped: list[str]) -> None:
+        for problem in skipped:
+            self.bad_samples += 1
+            if self.bad_samples <= MAX_SHOWN_SKIPS:
+                logger.warning("sample skipped: %s", problem)
+            if self.bad_samples > self._max_bad_samples:
+                raise ConfigError(
+                    f"data.max_bad_samples: expected at most {self._max_bad_samples} bad samples on a rank, found one "
+                    f"more: {problem}"
+                )
+
+    def source_samples(self) -> dict[str, int]:
+        """Samples that each source of a mixture has given so far, over all ranks; {} where there is one source."""
+        return self._batches.sources.given(self._batches.split.consumed(self._cursor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run is: the same on every rank, and enough for any other world size. Take it between two steps.
+
+        ``epoch`` and ``position`` (samples of the epoch that all ranks together were handed) say where,
+        ``lanes`` and ``block_samples`` how the present epoch is dealt out, the others what they are true of.
+        """
+        return {
+            "version": STATE_VERSION,
+            "epoch": self._cursor.epoch,
+            "position": self._batches.split.consumed(self._cursor),
+            "lanes": self._cursor.lanes,
+            "block_samples": self._cursor.block_samples,
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from ``state`` with the next ``iter``.
+
+        Raises:
+            CheckpointError: it is of other shards or of another order, or no such state.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(f"data state: version {state.get('version')!r}, expected {STATE_VERSION}")
+        names = {"seed": "run.seed", "window_samples": "data.shuffle_buffer_samples", "shards": "training shards"}
+        for key, expected in self._identity().items():
+            if state.get(key) != expected:
+                raise CheckpointError(
+                    f"data state: {names[key]}: the checkpoint was saved with {state.get(key)!r}, found {expected!r}; "
+                    "its place in the epoch is no place in this order: restore what has changed"
+                )
+        place = [state.get(key) for key in ("epoch", "position", "lanes", "block_samples")]
+        if not all(isinstance(value, int) and value >= low for value, low in zip(place, (0, 0, 1, 1), strict=True)):
+            raise CheckpointError(f"data state: expected epoch, position, lanes and block_samples, found {place}")
+        epoch, position, lanes, block_samples = (int(value) for value in place if value is not None)
+        self._cursor = self._batches.split.settle(Cursor(epoch, position, 0, lanes, block_samples))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a place depends on."""
+        sources = self._batches.sources
+        return {
+            "seed": sources.seed,
+            "window_samples": sources.window_samples,
+            "shards": f"{sources.samples} samples, {sources.fingerprint()}",
+        }
+
+
+def build_training_loader(
+    shards: ShardSet | Sequence[Source],
     task: Task,
     *,
     batch_samples: int,
@@ -151,32 +293,82 @@ def build_loader(
     world_size: int,
     workers: int,
     seed: int,
-    shuffle_buffer_samples: int,
-    train: bool,
-) -> BatchLoader:
-    """Batches of this rank.
+    shuffle_buffer_samples: int = 0,
+    order: Literal["local", "global"] = "local",
+    remainder: Remainder = "drop",
+    accumulation_steps: int = 1,
+    on_bad_sample: Literal["error", "skip"] = "error",
+    max_bad_samples: int = 100,
+    prefetch_batches: int = 2,
+) -> TrainingLoader:
+    """Training batches of this rank, without an end.
 
-    ``train=True``: never ends; every rank yields floor(N / (world_size · batch_samples)) batches an epoch, each sample
-    at most once, all batches full. ``train=False``: one pass in listed order, each sample once over all ranks, the last
-    batch may be short; a rank whose samples end early yields batches of padding (labels −1, no keys) so that all ranks
-    yield the same number of batches.
+    Every rank has the same number of batches an epoch; each sample comes once an epoch over all ranks, but for
+    ``remainder``.
 
     Args:
-        shard_set: what to read.
+        shards: what to read; several named sources are mixed by their weights.
         task: collates samples to batches, in the worker.
         batch_samples: samples of one batch on this rank.
         workers: loader processes of this rank; 0 reads in this process.
         seed: of order and augmentation; the same on every rank.
-        shuffle_buffer_samples: samples among which a worker draws in training; 0 keeps the shards' inner order.
+        shuffle_buffer_samples: samples that are shuffled among each other; 0 keeps the shards' inner order.
+        order: ``local``: each rank reads consecutive parts of the shards; ``global``: the sequence over all ranks does
+            not depend on their number. Neither depends on ``workers``. A mixture's is always global.
+        remainder: what happens to an epoch's last samples; see ``splitting.py``.
+        accumulation_steps: batches of an optimizer step; epochs end with a step.
+        on_bad_sample: ``skip``: a sample that cannot be decoded is left out of its batch and counted.
+        max_bad_samples: bad samples on this rank that are put up with.
+        prefetch_batches: batches that each worker makes ahead.
 
     Raises:
-        ConfigError: fewer samples than one batch on every rank; while iterating, a broken shard or sample, by name.
+        ConfigError: fewer samples than one step, and ``remainder`` is ``drop``; while iterating, a broken shard or
+            sample, by name.
     """
-    place = _Place(batch_samples, rank, world_size, seed, shuffle_buffer_samples)
-    dataset = _Batches(shard_set, task, place, train)
-    if len(dataset) == 0:
+    named = [Source("", shards)] if isinstance(shards, ShardSet) else list(shards)
+    sources = Sources(named, seed=seed, window_samples=shuffle_buffer_samples)
+    split = Split(
+        sources.epoch_samples,
+        batch_samples,
+        world_size,
+        accumulation_steps=accumulation_steps,
+        remainder=remainder,
+        lanes=world_size if order == "local" and sources.epoch_samples is not None else 1,
+    )
+    if sources.epoch_samples is not None and split.steps_per_epoch(sources.samples) == 0:
         raise ConfigError(
-            f"training shards hold {shard_set.samples} samples, fewer than one batch of {batch_samples} on each of "
-            f"{world_size} rank(s); lower training.global_batch_samples or add data"
+            f"training shards hold {sources.samples} samples, fewer than one step of {accumulation_steps} batch(es) of "
+            f"{batch_samples} on each of {world_size} rank(s); lower training.global_batch_samples, add data, or set "
+            "data.remainder"
         )
-    return BatchLoader(dataset, workers)
+    batches = _TrainBatches(sources, task, on_bad_sample == "skip", split, rank)
+    return TrainingLoader(batches, max_bad_samples, Workers(workers, prefetch_batches))
+
+
+def build_evaluation_loader(
+    shards: ShardSet, task: Task, *, batch_samples: int, rank: int, world_size: int, workers: int, seed: int = 0
+) -> EvaluationLoader:
+    """One pass in listed order, each sample once over all ranks.
+
+    The last batch may be short; a rank whose samples end early yields batches of padding (labels −1, no keys) so that
+    all ranks yield the same number of batches. A bad sample is an error, by name: a score over fewer is another score.
+
+    Args:
+        shards: what to read.
+        task: collates samples to batches, in the worker.
+        batch_samples: samples of one batch on this rank.
+        workers: loader processes of this rank; 0 reads in this process.
+        seed: of what the task may draw from samples' seeds.
+    """
+    sources = Sources([Source("", shards)], seed=seed, window_samples=0)
+    count = eval_batches(sources.samples, batch_samples=batch_samples, world_size=world_size)
+    return EvaluationLoader(_EvalBatches(sources, task, batch_samples, rank, world_size), count, Workers(workers))
+
+
+def build_loader(
+    shards: ShardSet, task: Task, *, train: bool, shuffle_buffer_samples: int = 0, **options: Any
+) -> TrainingLoader | EvaluationLoader:
+    """``build_training_loader`` or, if not ``train``, ``build_evaluation_loader``, which does not shuffle."""
+    if train:
+        return build_training_loader(shards, task, shuffle_buffer_samples=shuffle_buffer_samples, **options)
+    return build_evaluation_loader(shards, task, **options)

@@ -1,79 +1,32 @@
 """Shards on disk: writing them, naming them, knowing how many samples each one holds.
 
-A shard is a plain tar file in which a sample is ``KEY.webp|jpg|jpeg|png`` next to ``KEY.json``. The manifest
-``PREFIX.manifest.json`` is written last, so a folder with a manifest holds a whole set.
+A shard is a plain tar file in which a sample's members, ``KEY.webp|jpg|jpeg|png`` and ``KEY.json``, stand next to each
+other. Its manifest is written last, so a folder with a manifest holds a whole set.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import webdataset as wds
 from braceexpand import braceexpand
 
-from digrap_scale.data.reading import IMAGE_EXTENSIONS, count_samples
+from digrap_scale.data.manifest import MANIFEST_SUFFIX, Manifest, ShardEntry, StoredOffsets, index_shards
+from digrap_scale.data.tar import IMAGE_EXTENSIONS, Offsets, scan_checked
 from digrap_scale.errors import ConfigError, SaveError
 
-MANIFEST_VERSION = 1
 _PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _KEY = re.compile(r"[^./\\\s]([^.\\\x00-\x1f]*[^./\\\s])?")
 _URL = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard of a manifest: file name beside the manifest, samples, size in bytes, sha256 in hex."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a set of shards holds."""
-
-    version: int
-    shards: tuple[ShardEntry, ...]
-
-    @property
-    def samples(self) -> int:
-        """Samples over all shards."""
-        return sum(entry.samples for entry in self.shards)
-
-    def to_json(self) -> str:
-        """The file's text."""
-        shards = [asdict(entry) for entry in self.shards]
-        return json.dumps({"version": self.version, "shards": shards}, indent=1) + "\n"
-
-    @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Reads a manifest.
-
-        Raises:
-            ConfigError: not JSON, of another version, or with missing or ill-typed fields.
-        """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["version"] != MANIFEST_VERSION:
-                raise ConfigError(f"{path}: manifest version {raw['version']!r}, expected {MANIFEST_VERSION}")
-            entries = tuple(
-                ShardEntry(str(e["file"]), int(e["samples"]), int(e["bytes"]), str(e["sha256"])) for e in raw["shards"]
-            )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            found = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{path}: not a shard manifest ({found}); delete or rewrite it") from error
-        return cls(MANIFEST_VERSION, entries)
 
 
 def _sample_members(sample: dict[str, Any]) -> dict[str, Any]:
@@ -88,17 +41,15 @@ def _sample_members(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Partials:
-    """Opens each shard beside its final place and keeps what the manifest needs."""
+    """Opens each shard beside its final place."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stream: IO[bytes] | None = None
-        self.samples: list[int] = []
         self.files: list[str] = []
 
     def open(self, name: str) -> IO[bytes]:
         self.files.append(name)
-        self.samples.append(0)
         self.stream = open(self.folder / name, "wb")
         return self.stream
 
@@ -173,36 +124,21 @@ def _write_partials(
                 writer.write(_sample_members(sample))
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(f"sample {key!r} cannot be written: {type(error).__name__}: {error}") from error
-            partials.samples[-1] += 1
     if not seen:
         raise ConfigError(f"no samples for shards {prefix}-*.tar")
-    entries = []
-    for name, count in zip(partials.files, partials.samples, strict=True):
-        path = partials.folder / name
-        with open(path, "rb") as stream:
-            digest = _sha256(stream)
-        entries.append(ShardEntry(name, count, path.stat().st_size, digest))
-    return Manifest(MANIFEST_VERSION, tuple(entries))
-
-
-def _sha256(stream: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    # Counted and summed from the files: what the disk has, not what was meant to be written.
+    return index_shards([partials.folder / name for name in partials.files], prefix)[0]
 
 
 def _publish(manifest: Manifest, partial_folder: Path, folder: Path, prefix: str) -> None:
     """Moves a whole set into place: without a manifest while it is neither the old nor the new one."""
-    manifest_path = folder / f"{prefix}.manifest.json"
+    manifest_path = folder / f"{prefix}{MANIFEST_SUFFIX}"
     manifest_path.unlink(missing_ok=True)
     for stale in folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
         stale.unlink()
-    for entry in manifest.shards:
-        os.replace(partial_folder / entry.file, folder / entry.file)
-    partial_manifest = partial_folder / manifest_path.name
-    partial_manifest.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(partial_manifest, manifest_path)
+    assert manifest.offsets is not None  # a new manifest always has them
+    for name in (*(entry.file for entry in manifest.shards), manifest.offsets.file, manifest_path.name):
+        os.replace(partial_folder / name, folder / name)
 
 
 def expand_shards(patterns: Sequence[str]) -> list[Path]:
@@ -241,15 +177,21 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards in order, and how many samples each one holds.
+    """Shards in order, how many samples each one holds, and where these lie.
 
     Attributes:
         paths: the tar files.
         counts: samples of each.
+        offsets: of each, as far as they are known without walking through it; see ``ShardScan.offsets``.
+        skipped: what was found broken and is not counted, a line each.
+        skip: whether broken parts are left out.
     """
 
     paths: tuple[Path, ...]
     counts: tuple[int, ...]
+    offsets: tuple[Offsets | None, ...]
+    skipped: tuple[str, ...] = ()
+    skip: bool = False
 
     @property
     def samples(self) -> int:
@@ -257,27 +199,79 @@ class ShardSet:
         return sum(self.counts)
 
     @classmethod
-    def open(cls, patterns: Sequence[str]) -> ShardSet:
+    def open(cls, patterns: Sequence[str], *, skip: bool = False) -> ShardSet:
         """Expands the patterns and counts samples.
 
-        Counts come from a manifest in the shard's folder if it lists the file with its present size; other shards are
-        counted by walking through their headers once.
+        Counts and offsets come from a manifest in the shard's folder; shards that no manifest lists are counted by
+        walking through their headers once.
+
+        Args:
+            patterns: see ``expand_shards``.
+            skip: leave out and name in ``skipped`` what is broken in shards without a manifest.
 
         Raises:
-            ConfigError: see ``expand_shards``; a tar or a manifest that cannot be read; no sample at all.
+            ConfigError: see ``expand_shards``; a tar or a manifest that cannot be read, or that has not the size that
+                its manifest says; no sample at all. Every problem of every shard.
         """
         paths = expand_shards(patterns)
-        known: dict[tuple[Path, str], ShardEntry] = {}
+        known: dict[Path, tuple[ShardEntry, StoredOffsets | None]] = {}
         for parent in dict.fromkeys(path.parent for path in paths):
-            for manifest_path in sorted(parent.glob("*.manifest.json")):
-                known.update(((parent, entry.file), entry) for entry in Manifest.read(manifest_path).shards)
-        counts = []
+            for manifest_path in sorted(parent.glob(f"*{MANIFEST_SUFFIX}")):
+                known.update(_listed(manifest_path))
+        counts: list[int] = []
+        offsets: list[Offsets | None] = []
+        problems: list[str] = []
+        skipped: list[str] = []
         for path in paths:
-            entry = known.get((path.parent, path.name))
-            if entry is not None and entry.bytes == path.stat().st_size:
-                counts.append(entry.samples)
-            else:
-                counts.append(count_samples(path))
+            try:
+                if path in known:
+                    entry, stored = known[path]
+                    _same_size(path, entry)
+                    counts.append(entry.samples)
+                    offsets.append(stored)
+                else:
+                    scan = scan_checked(path, skip)
+                    skipped += scan.problems
+                    counts.append(len(scan.offsets))
+                    offsets.append(_Held(scan.offsets))
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
         if sum(counts) == 0:
             raise ConfigError(f"shards {list(patterns)}: no sample in {len(paths)} file(s)")
-        return cls(tuple(paths), tuple(counts))
+        return cls(tuple(paths), tuple(counts), tuple(offsets), tuple(skipped), skip)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Offsets that a walk has found."""
+
+    offsets: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        return self.offsets
+
+
+def _listed(manifest_path: Path) -> dict[Path, tuple[ShardEntry, StoredOffsets | None]]:
+    """What a manifest says of each of its files."""
+    manifest = Manifest.read(manifest_path)
+    folder = manifest_path.parent
+    listed: dict[Path, tuple[ShardEntry, StoredOffsets | None]] = {}
+    first = 0
+    for entry in manifest.shards:
+        stored = None
+        if manifest.offsets is not None:
+            stored = StoredOffsets(folder / manifest.offsets.file, first, entry.samples)
+        listed[folder / entry.file] = entry, stored
+        first += entry.samples
+    return listed
+
+
+def _same_size(path: Path, entry: ShardEntry) -> None:
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise ConfigError(
+            f"{path}: expected {entry.bytes} bytes by its manifest, found {size}: it was cut off or written anew; "
+            "restore it, or write the manifest anew (digrap-scale index)"
+        )

@@ -1,25 +1,30 @@
-"""Which samples a rank and a worker read: pure arithmetic on counts, the same on every rank without a message.
+"""Which samples a rank reads in which batch: pure arithmetic, the same on every rank without a message.
 
-Training. An epoch is a virtual sequence of all samples: the shards in an order drawn from (seed, epoch), begun at a
-random place and wrapped around. Rank r takes the r-th of ``world_size`` equal consecutive pieces, each a whole number
-of batches; the few samples left over differ from epoch to epoch. Batch b of a rank's epoch e is slot e·B + b, and
-slot i belongs to worker i mod W, because that is the order in which a DataLoader asks its workers. Each worker reads
-one consecutive piece of the rank's, so that whatever the numbers of shards, ranks and workers are, no sample comes
-twice in an epoch, each reader touches few shards and only cuts those at its ends, and the epochs of the workers never
-mix. A slot names its epoch and place: a run can start at any slot.
+Training. The epochs' sequences (``order.py``) are consumed by all ranks together. An optimizer step takes the next
+``world_size · accumulation_steps · batch_samples`` samples; of these, micro-batch j of rank r is the (j · world_size +
+r)-th piece. Epochs end with a step, on every rank at the same one. What is left of an epoch when a whole step no longer
+fits is ``data.remainder``: ``drop`` it (another part of the data each epoch), ``pad`` (one more step, its batches
+shorter and as even as can be, maybe empty), or ``repeat`` (one more step, filled up from the epoch's start).
+
+Where the next step starts is the ``Cursor``, O(1) numbers that are the same on every rank. A resume with another world
+size or batch goes on from it through the same sequence; only the lanes of later epochs follow the new world size.
 
 Evaluation. The sequence is the shards as listed. Rank r takes the r-th of ``world_size`` consecutive pieces whose
-sizes differ by one at most; worker w reads every W-th batch of it, so that batches come out in order.
+sizes differ by one at most, in batches of its order.
 """
 
-# N samples, R ranks, W workers, B batches of one rank in an epoch
+# N samples, R ranks, A micro-batches of a step
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+Remainder = Literal["drop", "pad", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -31,53 +36,105 @@ class Span:
     stop: int
 
 
-def batches_per_epoch(samples: int, *, batch_samples: int, world_size: int, train: bool) -> int:
-    """Batches of every rank in one pass: floor(N / (R · batch)) in training, ⌈⌈N / R⌉ / batch⌉ in evaluation."""
-    if train:
-        return samples // (world_size * batch_samples)
-    return math.ceil(math.ceil(samples / world_size) / batch_samples)
+@dataclass(frozen=True)
+class Cursor:
+    """The micro-batch that comes next, over all ranks.
 
-
-def train_spans(
-    counts: Sequence[int],
-    *,
-    batch_samples: int,
-    rank: int,
-    world_size: int,
-    worker: int,
-    workers: int,
-    seed: int,
-    epoch: int,
-) -> list[Span]:
-    """One worker's part of one epoch, in reading order; its length is a whole number of batches, maybe none.
-
-    Args:
-        counts: samples of each shard.
-        batch_samples: samples of a batch on one rank.
-        worker: 0 ≤ worker < workers; a loader without worker processes counts as one worker.
+    Attributes:
+        epoch: 0 is the first.
+        start: samples of the epoch before the step that the micro-batch belongs to.
+        part: micro-batches of the step before this one.
+        lanes, block_samples: of the epoch's sequence, fixed at its start.
     """
-    total = sum(counts)
-    per_rank = batches_per_epoch(total, batch_samples=batch_samples, world_size=world_size, train=True)
-    first_slot = epoch * per_rank
-    slots = [_slots_of(w, workers, first_slot, first_slot + per_rank) for w in range(workers)]
-    start = (rank * per_rank + sum(slots[:worker])) * batch_samples
-    length = slots[worker] * batch_samples
-    if length == 0:
-        return []
-    rng = random.Random(f"digrap-epoch/{seed}/{epoch}")
-    order = list(range(len(counts)))
-    rng.shuffle(order)
-    start = (start + rng.randrange(total)) % total
-    stop = start + length
-    spans = list(_cut(counts, order, start, min(stop, total)))
-    if stop > total:
-        spans += _cut(counts, order, 0, stop - total)
-    return spans
+
+    epoch: int
+    start: int
+    part: int
+    lanes: int
+    block_samples: int
 
 
-def _slots_of(worker: int, workers: int, start: int, stop: int) -> int:
-    """How many i in [start, stop) have i mod workers = worker."""
-    return (stop - worker + workers - 1) // workers - (start - worker + workers - 1) // workers
+@dataclass(frozen=True)
+class Split:
+    """How a training sequence is dealt out.
+
+    Attributes:
+        samples: of an epoch; None: one that never ends.
+        batch_samples: of a micro-batch on one rank.
+        world_size: ranks.
+        accumulation_steps: micro-batches of a step.
+        remainder: what happens to an epoch's last samples.
+        lanes: of the epochs that begin from now on: ``world_size`` (each rank reads consecutively) or 1.
+    """
+
+    samples: int | None
+    batch_samples: int
+    world_size: int
+    accumulation_steps: int = 1
+    remainder: Remainder = "drop"
+    lanes: int = 1
+
+    @property
+    def micro_samples(self) -> int:
+        """Samples of a micro-batch over all ranks."""
+        return self.world_size * self.batch_samples
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step over all ranks."""
+        return self.micro_samples * self.accumulation_steps
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Steps that an epoch of so many samples has."""
+        whole, rest = divmod(samples, self.step_samples)
+        return whole + (rest > 0 and self.remainder != "drop")
+
+    def first(self, epoch: int = 0) -> Cursor:
+        """An epoch's begin."""
+        return Cursor(epoch, 0, 0, self.lanes, self.batch_samples)
+
+    def settle(self, cursor: Cursor) -> Cursor:
+        """``cursor``, or the next epoch's begin if nothing of its epoch is to be read any more."""
+        if self.samples is None:
+            return cursor
+        left = self.samples - cursor.start
+        ended = left < self.step_samples if self.remainder == "drop" else left <= 0
+        return self.first(cursor.epoch + 1) if ended else cursor
+
+    def next(self, cursor: Cursor) -> Cursor:
+        """The micro-batch after ``cursor``."""
+        if cursor.part + 1 < self.accumulation_steps:
+            return replace(cursor, part=cursor.part + 1)
+        return self.settle(replace(cursor, start=cursor.start + self.step_samples, part=0))
+
+    def consumed(self, cursor: Cursor) -> int:
+        """Samples of the epoch that come before ``cursor``, over all ranks."""
+        if self.samples is None or self.samples - cursor.start >= self.step_samples or self.remainder == "repeat":
+            done = cursor.start + cursor.part * self.micro_samples
+            return done if self.samples is None else min(done, self.samples)
+        return cursor.start + self._dealt(cursor.start, cursor.part * self.world_size)
+
+    def places(self, cursor: Cursor, rank: int) -> np.ndarray:
+        """[B] int64: the places in the epoch's sequence of a rank's micro-batch; fewer, maybe none, only under ``pad``."""
+        piece = cursor.part * self.world_size + rank
+        if self.samples is not None and self.samples - cursor.start < self.step_samples:
+            if self.remainder == "pad":
+                low, high = self._dealt(cursor.start, piece), self._dealt(cursor.start, piece + 1)
+                return np.arange(cursor.start + low, cursor.start + high)
+            low = cursor.start + piece * self.batch_samples
+            return np.arange(low, low + self.batch_samples) % self.samples
+        low = cursor.start + piece * self.batch_samples
+        return np.arange(low, low + self.batch_samples)
+
+    def _dealt(self, start: int, pieces: int) -> int:
+        """Of an epoch's last samples, how many lie in the first ``pieces`` pieces of the last step."""
+        assert self.samples is not None
+        return (self.samples - start) * pieces // (self.world_size * self.accumulation_steps)
+
+
+def eval_batches(samples: int, *, batch_samples: int, world_size: int) -> int:
+    """Batches of every rank in a pass of evaluation: ⌈⌈N / R⌉ / batch⌉."""
+    return math.ceil(math.ceil(samples / world_size) / batch_samples)
 
 
 def eval_interval(samples: int, *, rank: int, world_size: int) -> tuple[int, int]:
@@ -85,28 +142,20 @@ def eval_interval(samples: int, *, rank: int, world_size: int) -> tuple[int, int
     return samples * rank // world_size, samples * (rank + 1) // world_size
 
 
-def eval_spans(
-    counts: Sequence[int], *, batch_samples: int, rank: int, world_size: int, worker: int, workers: int
-) -> list[list[Span]]:
-    """The worker's batches, each as the spans that it is made of; an empty list is a batch of padding alone."""
-    total = sum(counts)
-    start, stop = eval_interval(total, rank=rank, world_size=world_size)
-    batches = batches_per_epoch(total, batch_samples=batch_samples, world_size=world_size, train=False)
-    order = range(len(counts))
-    mine = []
-    for batch in range(worker, batches, workers):
-        low = start + batch * batch_samples
-        mine.append(list(_cut(counts, order, low, min(low + batch_samples, stop))))
-    return mine
+def eval_spans(counts: Sequence[int], batch: int, *, batch_samples: int, rank: int, world_size: int) -> list[Span]:
+    """The spans that a batch of the rank is made of; none for a batch of padding alone."""
+    start, stop = eval_interval(sum(counts), rank=rank, world_size=world_size)
+    low = start + batch * batch_samples
+    return list(_cut(counts, low, min(low + batch_samples, stop)))
 
 
-def _cut(counts: Sequence[int], order: Sequence[int], start: int, stop: int) -> Iterator[Span]:
-    """The spans that make up [start, stop) of the shards laid end to end in ``order``."""
+def _cut(counts: Sequence[int], start: int, stop: int) -> Iterator[Span]:
+    """The spans that make up [start, stop) of the shards laid end to end."""
     at = 0
-    for shard in order:
+    for shard, count in enumerate(counts):
         if at >= stop:
             return
-        low, high = max(start - at, 0), min(stop - at, counts[shard])
+        low, high = max(start - at, 0), min(stop - at, count)
         if low < high:
             yield Span(shard, low, high)
-        at += counts[shard]
+        at += count

@@ -246,11 +246,12 @@ class Projector:
             spec.name: values[layer] for layer, spec in enumerate(self.backend.specs) if bool(self._projected_L[layer])
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, gathered: bool = True) -> dict[str, Any]:
         """Everything that a resumed run needs, by parameter name: independent of world size and backend.
 
         Under sharding this is a collective: all ranks call it, and the weights before the last step (kept by methods that
-        look back at them) are gathered into full float tensors on the CPU.
+        look back at them) are gathered into full float tensors on the CPU. With ``gathered=False`` it is none, and they
+        are this rank's flat parts, aliased.
         """
         names = [spec.name for spec in self.backend.specs]
         scalars, layers = {}, {}
@@ -259,7 +260,7 @@ class Projector:
                 layers[key] = dict(zip(names, value.unbind(), strict=True))
             else:
                 scalars[key] = value
-        before = {"previous": {}, "last_step": {}} if self._previous is None else self._previous.state()
+        before = {"previous": {}, "last_step": {}} if self._previous is None else self._previous.state(gathered)
         return {
             "method": self.method.name,
             "step": self.report.step,
@@ -268,8 +269,8 @@ class Projector:
             **before,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of ``state_dict``, on any backend and world size.
+    def load_state_dict(self, state: Mapping[str, Any], *, gathered: bool = True) -> None:
+        """The inverse of ``state_dict``, on any backend and world size (with ``gathered=False``: of this rank's parts).
 
         Raises:
             CheckpointError: the state is of another method, or of other layers.
@@ -290,7 +291,7 @@ class Projector:
                 )
             restored[key] = torch.stack([values[name] for name in names])
         if self._previous is not None:
-            self._previous.load({key: state[key] for key in ("previous", "last_step")})
+            self._previous.load({key: state[key] for key in ("previous", "last_step")}, gathered)
         if restored:
             self.method.load(restored)
         self.report = StepReport(step=int(state["step"]))

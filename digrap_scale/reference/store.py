@@ -127,17 +127,23 @@ class SafetensorsReader:
         Raises:
             CheckpointError: a dtype that torch has no floating type for.
         """
+        file, offset, _ = self.extent(name)
+        if self.dtypes[name] not in _DTYPES:
+            raise CheckpointError(
+                f"{file}: {name}: expected one of {', '.join(_DTYPES)}, found dtype {self.dtypes[name]}"
+            )
+        return file, offset, _DTYPES[self.dtypes[name]]
+
+    def extent(self, name: str) -> tuple[Path, int, int]:
+        """The file that holds ``name``, the byte where its data begin there, and how many bytes they are."""
         file = self._file_of[name]
         if file not in self._headers:
             with file.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
                 self._headers[file] = (8 + length, json.loads(opened.read(length)))
         data, header = self._headers[file]
-        if self.dtypes[name] not in _DTYPES:
-            raise CheckpointError(
-                f"{file}: {name}: expected one of {', '.join(_DTYPES)}, found dtype {self.dtypes[name]}"
-            )
-        return file, data + int(header[name]["data_offsets"][0]), _DTYPES[self.dtypes[name]]
+        first, last = header[name]["data_offsets"]
+        return file, data + int(first), int(last) - int(first)
 
     @staticmethod
     def _empty(handle: Any, name: str) -> torch.Tensor:

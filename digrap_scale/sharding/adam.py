@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from digrap_scale.sharding.base import Backend
+from digrap_scale.sharding.base import STEP, Backend
 from digrap_scale.types import AdamSettings, AdamState
 
 
@@ -26,12 +26,7 @@ def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState |
                 if parameter.grad is None or id(parameter) not in known:
                     continue
                 state = optimizer.state[parameter]
-                if not state:
-                    on_device = bool(group.get("fused") or group.get("capturable"))
-                    device = parameter.device if on_device else torch.device("cpu")
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                add_state(state, group, parameter, ("step", "exp_avg", "exp_avg_sq"))
                 for key in ("exp_avg", "exp_avg_sq"):
                     # Loaded from weights of other strides: the flat views below must not be copies.
                     if not backend.local(state[key]).is_contiguous():
@@ -52,6 +47,19 @@ def begin_adam_step(backend: Backend, layers: Sequence[int]) -> list[AdamState |
             settings[id(group)] = _settings(group)
         states.append(AdamState(state[0], state[1], int(next(counts)), settings[id(group)]))
     return states
+
+
+def add_state(state: dict[str, Any], group: dict[str, Any], parameter: torch.Tensor, keys: Iterable[str]) -> None:
+    """Zeros for those of ``keys`` that an optimizer's state of ``parameter`` lacks, made as torch's optimizers make them."""
+    for key in keys:
+        if key in state:
+            continue
+        if key == STEP:
+            on_device = bool(group.get("fused") or group.get("capturable"))
+            device = parameter.device if on_device else torch.device("cpu")
+            state[key] = torch.zeros((), dtype=torch.float32, device=device)
+        else:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def step_counts(steps: Sequence[torch.Tensor]) -> list[float]:

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from digrap_scale.errors import ConfigError
 from digrap_scale.types import ShardSpec, ShardView
 
+STEP = "step"  # in an optimizer's state: how many steps; everything else there has the parameter's shape
+
 # What wrappers put into parameter names, none of which a checkpoint knows.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -153,6 +155,33 @@ class Backend:
             first, second = (self.local(of_layer[key]).reshape(-1) for key in ("exp_avg", "exp_avg_sq"))
             found.append((first, second, of_layer["step"]))
         return found
+
+    def state_holder(self, layer: int) -> tuple[torch.Tensor, slice]:
+        """The tensor under which the optimizer keeps a layer's state, and which of its elements (flattened) are the layer's."""
+        return self._trained[layer][1], slice(None)
+
+    def optimizer_state(self, layer: int) -> dict[str, torch.Tensor]:
+        """Flat [N] tensors that alias the optimizer's state of a layer, and ``step``, a one-element tensor; empty before the
+        first step."""
+        holder, part = self.state_holder(layer)
+        state = self.hooked[0].state.get(holder) or {}
+        return {
+            key: value if key == STEP else self.local(value).view(-1)[part]
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def copies(self, spec: ShardSpec) -> tuple[int, int]:
+        """Of the ranks that hold the same part of a layer: which this one is, and how many there are."""
+        return 0, 1
+
+    def frozen(self, name: str, parameter: nn.Parameter) -> tuple[ShardSpec, torch.Tensor]:
+        """This rank's part of a parameter that does not train, [N] flat."""
+        spec = self.spec(name, parameter)
+        return spec, self._flat_weight(spec, parameter)
+
+    def weights_changed(self) -> None:
+        """Bring what the model computes with up to date, after ``weights()`` were written to. Collective."""
 
     def group(self, layer: int) -> dict[str, Any]:
         """The optimizer's settings for a layer, as they are now (loading an optimizer's state replaces the dicts)."""

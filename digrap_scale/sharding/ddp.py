@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.sharding.materialize import materialize
+from digrap_scale.types import ShardSpec
 
 
 class DDPBackend(Backend):
@@ -24,6 +26,9 @@ class DDPBackend(Backend):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model.module if isinstance(model, DistributedDataParallel) else model, optimizer)
+
+    def copies(self, spec: ShardSpec) -> tuple[int, int]:
+        return dist.get_rank(), dist.get_world_size()
 
     def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
         raise ConfigError(

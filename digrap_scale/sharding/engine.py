@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from digrap_scale.config.schema import Config
+from digrap_scale.sharding.base import unwrapped_name
 from digrap_scale.sharding.materialize import materialize
 from digrap_scale.types import Slices
 
@@ -94,6 +96,32 @@ class Engine:
         """The optimizer's step, at the end of accumulation."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Names (of the unwrapped model's state) → the dtypes that its weights are saved in at the end."""
+        return {unwrapped_name(name): tensor.dtype for name, tensor in self.module.state_dict().items()}
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that the model's state has, by name; writing into them changes the model's."""
+        saved = {unwrapped_name(name) for name in self.module.state_dict()}
+        named = {unwrapped_name(name): buffer for name, buffer in self.module.named_buffers()}
+        return {name: buffer for name, buffer in named.items() if name in saved}
+
+    def frozen_values(self, name: str, start: int, stop: int, live: torch.Tensor) -> torch.Tensor:
+        """Elements [start, stop) of a frozen parameter as the checkpoint has them; ``live`` are those that the model computes
+        with."""
+        return live
+
+    def extra_state(self) -> dict[str, Any]:
+        """Plain numbers that a resumed run needs besides (a loss scale)."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``extra_state``; what another engine saved is left out."""
+
+    def native_writer(self) -> Callable[[Path], None] | None:
+        """Writes the framework's own checkpoint into a folder (collective), where there is one beside ours."""
+        return None
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Names (of the unwrapped model) → full tensors on the CPU; complete on rank 0, maybe empty elsewhere. Collective."""

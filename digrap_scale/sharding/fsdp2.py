@@ -42,6 +42,7 @@ class FSDP2Backend(Backend):
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._group: dist.ProcessGroup | None = None
         self._mesh: object = None
+        self._axis = 0
         super().__init__(model, optimizer)
         if self._group is None:
             raise ConfigError("fsdp2: no trained parameter is sharded; call fully_shard on the model before attach()")
@@ -60,7 +61,7 @@ class FSDP2Backend(Backend):
         shard_axis = self._shard_axis(name, parameter)
         mesh = parameter.device_mesh
         if self._group is None:
-            self._group, self._mesh = mesh.get_group(shard_axis), mesh
+            self._group, self._mesh, self._axis = mesh.get_group(shard_axis), mesh, shard_axis
         elif mesh != self._mesh:
             raise ConfigError(
                 f"{name}: lives on mesh {mesh}, others on {self._mesh}; shard the whole model on one mesh"
@@ -96,6 +97,17 @@ class FSDP2Backend(Backend):
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return _local(tensor)
+
+    def copies(self, spec: ShardSpec) -> tuple[int, int]:
+        if spec.replicated:
+            return dist.get_rank(), dist.get_world_size()
+        assert isinstance(self._mesh, DeviceMesh)
+        number, count = 0, 1
+        for axis in range(self._mesh.ndim):
+            if axis != self._axis:
+                number = number * self._mesh.size(axis) + self._mesh.get_local_rank(axis)
+                count *= self._mesh.size(axis)
+        return number, count
 
     def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
         for name, parameter, _ in self._trained:

@@ -53,17 +53,16 @@ class KeptWeights:
         """The shards that are kept."""
         return [kept for kept in self._kept_L if kept is not None]
 
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """By parameter name: the full weights before the last step, on the CPU. Collective under sharding."""
+    def state(self, gathered: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+        """By parameter name: the weights before the last step. ``gathered``: full, on the CPU, collective under sharding;
+        else this rank's parts."""
         specs = self._backend.specs
-        full = {
-            specs[i].name: self._backend.gather(i, kept).cpu()
-            for i, kept in enumerate(self._kept_L)
-            if kept is not None
-        }
-        return {"previous": full, "last_step": {}}
+        kept_L = {i: kept for i, kept in enumerate(self._kept_L) if kept is not None}
+        if gathered:
+            kept_L = {i: self._backend.gather(i, kept).cpu() for i, kept in kept_L.items()}
+        return {"previous": {specs[i].name: kept for i, kept in kept_L.items()}, "last_step": {}}
 
-    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]], gathered: bool = True) -> None:
         """The inverse of ``state``.
 
         Raises:
@@ -76,16 +75,16 @@ class KeptWeights:
             )
         specs, weights = self._backend.specs, self._backend.weights()
         for spec in specs:
-            full = state["previous"].get(spec.name)
+            full = state["previous"].get(spec.name) if gathered else None
             if full is not None and tuple(full.shape) != spec.shape:
                 raise CheckpointError(
                     f"method state: {spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}"
                 )
         for layer, spec in enumerate(specs):
             full = state["previous"].get(spec.name)
-            self._kept_L[layer] = (
-                None if full is None else full.reshape(-1)[spec.start : spec.stop].to(weights[layer]).clone()
-            )
+            if full is not None and gathered:
+                full = full.reshape(-1)[spec.start : spec.stop]
+            self._kept_L[layer] = None if full is None else full.to(weights[layer]).clone()
 
 
 class RecomputedWeights:
@@ -143,12 +142,12 @@ class RecomputedWeights:
         """Nothing."""
         return []
 
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+    def state(self, gathered: bool = True) -> dict[str, dict[str, torch.Tensor]]:
         """By parameter name: the settings of the layer's last step, [6] float64."""
         names = [spec.name for spec in self._backend.specs]
         return {"previous": {}, "last_step": dict(zip(names, self._settings_LS.clone().unbind(), strict=True))}
 
-    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def load(self, state: Mapping[str, Mapping[str, torch.Tensor]], gathered: bool = True) -> None:
         """The inverse of ``state``; the optimizer's own state must be restored beside it.
 
         Raises:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals, unwrapped_name
-from digrap_scale.types import ShardView
+from digrap_scale.types import ShardSpec, ShardView
 
 
 class Place(NamedTuple):
@@ -83,6 +84,16 @@ class ZeroBackend(Backend):
             first, second = (state[key].narrow(0, place.offset, place.real) for key in ("exp_avg", "exp_avg_sq"))
             found.append((first, second, state["step"]))
         return found
+
+    def state_holder(self, layer: int) -> tuple[torch.Tensor, slice]:
+        place = self._place[layer]
+        return self._flats[place.flat], slice(place.offset, place.offset + place.real)
+
+    def frozen(self, name: str, parameter: nn.Parameter) -> tuple[ShardSpec, torch.Tensor]:
+        return ShardSpec(name, tuple(parameter.shape), 0, parameter.numel(), True), parameter.detach().reshape(-1)
+
+    def copies(self, spec: ShardSpec) -> tuple[int, int]:
+        return (dist.get_rank(), dist.get_world_size()) if spec.replicated else (0, 1)
 
     def _active(self) -> set[int]:
         """The flats that the inner optimizer was handed."""

@@ -77,6 +77,9 @@ class Zero12Backend(ZeroBackend):
 
         zero._update_scale = before_update
 
+    def weights_changed(self) -> None:
+        self._zero.update_lp_params()  # as DeepSpeed's own loading does
+
     def _complete_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for layer, (spec, place) in enumerate(zip(self.specs, self._place, strict=True)):
             grad = self._flats[place.flat].grad

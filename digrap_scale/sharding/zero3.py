@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import nonfinite_names
@@ -57,6 +58,24 @@ class Zero3Backend(ZeroBackend):
         place = self._place[layer]
         grads = self._zero.averaged_gradients.get(place.flat)
         return None if grads is None else grads[place.position].view(-1).narrow(0, 0, place.real)
+
+    def frozen(self, name: str, parameter: nn.Parameter) -> tuple[ShardSpec, torch.Tensor]:
+        partition: Any = parameter
+        size = partition.partition_numel()
+        start = min(dist.get_rank(partition.ds_process_group) * size, partition.ds_numel)
+        stop = min(start + size, partition.ds_numel)
+        return ShardSpec(name, tuple(partition.ds_shape), start, stop), partition.ds_tensor.detach().view(-1)[
+            : stop - start
+        ]
+
+    def weights_changed(self) -> None:
+        zero = self._zero
+        for sub_group in range(len(self._flats)):
+            # What its step and its own loading call; there is no public function. tests/distributed/test_resume.py needs it.
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if persistent := zero.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
 
     def group(self, layer: int) -> dict[str, Any]:
         number = self._zero.sub_group_to_group_id[self._place[layer].flat]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,6 +182,43 @@ class ZeroEngine(Engine):
             )
             stopped.agreed = True
             raise stopped from error
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {unwrapped_name(name): dtype for name, dtype in self._dtypes.items()}
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        found = super().saved_buffers()
+        if self._dtype is not None:  # the model's may be rounded
+            found = {name: self._buffers[name] if b.is_floating_point() else b for name, b in found.items()}
+        return found
+
+    def frozen_values(self, name: str, start: int, stop: int, live: torch.Tensor) -> torch.Tensor:
+        if self._dtype is None:
+            return live
+        if name in self._frozen:
+            return self._frozen[name].reshape(-1)[start:stop]
+        assert self.slices is not None
+        return self.slices(name, start, stop).to(self._dtypes[name])
+
+    def extra_state(self) -> dict[str, Any]:
+        scaler = getattr(self.model.optimizer, "loss_scaler", None) if self._dtype == torch.float16 else None
+        plain = (
+            {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
+            if scaler
+            else {}
+        )
+        return {"loss_scaler": plain} if plain else {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        if self._dtype == torch.float16:
+            scaler = self.model.optimizer.loss_scaler
+            for key, value in state.get("loss_scaler", {}).items():
+                if type(vars(scaler).get(key)) is type(value):
+                    setattr(scaler, key, value)
+
+    def native_writer(self) -> Callable[[Path], None] | None:
+        # No `latest` file: which checkpoint counts is told by ours.
+        return lambda folder: self.model.save_checkpoint(str(folder), tag="engine", save_latest=False)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         import deepspeed

@@ -31,6 +31,7 @@ class BuiltRun:
     built: BuiltModel
     engine: Engine
     model_class: type[nn.Module]
+    base_class: type[nn.Module]  # without adapters
     task: Task | None
 
 
@@ -45,12 +46,14 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     if adapter is not None:
         load_adapter(built.model, adapter)
     model_class = type(built.model)
+    base = getattr(built.model, "get_base_model", lambda: built.model)
+    base_class = type(base())
     engine = build_engine(
         built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size, built.slices
     )
     seed_everything(config.run.seed, here.rank)
     task = build_task(config, built.processor, built.tokenizer, train=False) if classes is not None else None
-    return BuiltRun(built, engine, model_class, task)
+    return BuiltRun(built, engine, model_class, base_class, task)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,30 @@ def save_final(run: BuiltRun, folder: Path, here: Place) -> None:
     def write() -> None:
         with atomic_folder(folder, overwrite=True) as partial:
             _save_model(run, partial, state)
-            for part in (run.built.processor, run.built.tokenizer):
-                if part is not None:
-                    part.save_pretrained(partial)
+            _save_processors(run, partial)
 
     here.on_rank_0(write)  # nobody goes on, or leaves, before the files are there
+
+
+def save_small_files(run: BuiltRun, folder: Path) -> None:
+    """Everything of ``save_final`` but the weights: the model's (or adapter's) config, processor, tokenizer."""
+    model: Any = run.built.model
+    if hasattr(model, "peft_config"):
+        for settings in model.peft_config.values():
+            settings.save_pretrained(folder)
+        model = model.get_base_model()
+    config = copy.deepcopy(model.config)
+    config.architectures = [run.base_class.__name__]
+    config.save_pretrained(folder)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(folder)
+    _save_processors(run, folder)
+
+
+def _save_processors(run: BuiltRun, folder: Path) -> None:
+    for part in (run.built.processor, run.built.tokenizer):
+        if part is not None:
+            part.save_pretrained(folder)
 
 
 def _save_model(run: BuiltRun, folder: Path, state: dict[str, torch.Tensor]) -> None:

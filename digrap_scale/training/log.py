@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from digrap_scale.checkpoint.atomic import save_error, write_file
-from digrap_scale.errors import EXIT_PREEMPTED, DigrapError, SaveError
+from digrap_scale.errors import DigrapError, PeerError, Preempted, SaveError
 from digrap_scale.evaluation.strength import STRENGTH_FILE, encode_names, encode_row, read_lines, read_strength
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ class RunLog:
         self._started = _now()
         self._status_clock = self._line_clock = time.monotonic()
         self._samples = self._skipped = 0
-        self._preempted: str | None = None
 
     def __enter__(self) -> RunLog:
         if not self._writes:
@@ -134,7 +133,7 @@ class RunLog:
             for close in (self._metrics, self._strength, self._board)
             if close is not None and (failure := self._try(close.close)) is not None
         ]
-        outcome = _outcome(error or (failures[0] if failures else None), self._preempted)
+        outcome = _outcome(error or (failures[0] if failures else None))
         failure = self._try(lambda: self._write_status(*outcome))
         failures += [failure] if failure is not None else []
         if failures and error is None:
@@ -250,9 +249,11 @@ class RunLog:
         except OSError as error:
             raise save_error(self.folder / MESSAGES_FILE, error) from error
 
-    def preempted(self, reason: str) -> None:
-        """The run ends early by request, its checkpoint saved: a clean exit then counts as "preempted"."""
-        self._preempted = reason
+    def given_up(self, reason: str) -> None:
+        """Say how the run ended where rank 0 can no longer do so; called on the lowest rank that lives."""
+        failure = self._try(lambda: self._write_status("failed", PeerError.exit_code, _one_line(reason)))
+        if failure is not None:
+            self._print(f"also, {STATUS_FILE} could not be written: {failure}")
 
     def _print(self, text: str) -> None:
         # soft_wrap: one line stays one line in a file, however narrow the console claims to be
@@ -286,20 +287,19 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _outcome(error: BaseException | None, preempted: str | None) -> tuple[State, int, str]:
+def _outcome(error: BaseException | None) -> tuple[State, int, str]:
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else _EXIT_FAILED if error.code else 0
-        if code == EXIT_PREEMPTED:
-            return "preempted", code, preempted or "asked to stop"
         if code:
             return "failed", code, f"exit code {code}"
         error = None
     if error is None:
-        return ("done", 0, "") if preempted is None else ("preempted", EXIT_PREEMPTED, preempted)
+        return "done", 0, ""
     if isinstance(error, KeyboardInterrupt):
         return "failed", _EXIT_INTERRUPTED, "interrupted from the keyboard"
     if isinstance(error, DigrapError):
-        return "failed", error.exit_code, _one_line(str(error))
+        state: State = "preempted" if isinstance(error, Preempted) else "failed"
+        return state, error.exit_code, _one_line(str(error))
     return "failed", _EXIT_FAILED, _one_line(f"{type(error).__name__}: {error}")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from digrap_scale.data.tasks.base import Task
 from digrap_scale.errors import NonFiniteError
 from digrap_scale.projector import Projector
 from digrap_scale.sharding.engine import Engine
+from digrap_scale.training.keep import Keeper
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.schedule import LearningRate
 from digrap_scale.training.setup import Place
@@ -26,19 +28,23 @@ def train_steps(
     config: Config,
     place: Place,
     total_steps: int,
+    keeper: Keeper,
+    start_step: int = 0,
 ) -> None:
-    """Take ``total_steps`` optimizer steps; ``batches`` never ends and yields micro-batches of this rank.
+    """Take optimizer steps up to ``total_steps``; ``batches`` never ends and yields micro-batches of this rank.
 
     Raises:
+        Preempted, SaveError: see ``Keeper.after_step``.
         NonFiniteError: ``training.max_skipped_steps`` steps in a row had a gradient that is not finite.
     """
     schedule = LearningRate(engine.optimizer, config.schedule, total_steps)
     stream = iter(batches)
     engine.model.train()
     skipped_in_a_row = 0
-    for step in range(1, total_steps + 1):
+    for step in range(start_step + 1, total_steps + 1):
         learning_rate = schedule.set(step - 1)
-        loss = accumulate(engine, projector, task, stream)
+        loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step))
+        keeper.watch.at(step, "optimizer step")
         seen = projector.report.step
         engine.step()
         if engine.skips_steps and projector.report.step == seen:
@@ -69,13 +75,18 @@ def train_steps(
             )
         if projector.method.has_strength and log.strength_due(step):
             log.strength(step, projector.strength())
+        keeper.after_step(step)
 
 
-def accumulate(engine: Engine, projector: Projector, task: Task, stream: Iterator[Batch]) -> torch.Tensor:
+def accumulate(
+    engine: Engine, projector: Projector, task: Task, stream: Iterator[Batch], tell: Callable[[str], None]
+) -> torch.Tensor:
     """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar."""
     total = torch.zeros((), device=engine.device)
     for part in range(engine.accumulation_steps):
+        tell("data")
         batch = prepared(engine, next(stream))
+        tell("forward and backward")
         last = part == engine.accumulation_steps - 1
         projector.expect_step(last)
         with engine.micro_step(last=last):

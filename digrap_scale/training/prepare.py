@@ -1,29 +1,71 @@
-"""Before anything is built: find every problem, make the run's folder."""
+"""Before anything is built: find every problem, make the run's folder, or find what it goes on from."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.atomic import write_file
+from digrap_scale.checkpoint.resume import AUTO, find_checkpoint
 from digrap_scale.config import Config, dump_config
 from digrap_scale.errors import ConfigError
+from digrap_scale.training.batches import training_patterns
 from digrap_scale.training.log import read_status
 from digrap_scale.training.validate import find_problems
 
+# What a run may change and still be the run that it was: where and how it computes, what it shows.
+_FREE = (
+    "run.overwrite",
+    "checkpoint.",
+    "logging.",
+    "evaluation.",
+    "sharding.",
+    "data.workers",
+    "data.prefetch_batches",
+    "training.micro_batch_samples",
+    "training.kernels",
+    "training.projection",
+    "training.statistics",
+    "reference.placement",
+    "reference.buffer_bytes",
+)
 
-def prepare_folder(folder: Path, config: Config) -> None:
-    """Rank 0's part before anything is built: find every problem, then make the run's folder.
+
+@dataclass
+class Start:
+    """How a run begins.
+
+    Attributes:
+        checkpoint: the folder that it goes on from, or None.
+        notes: lines for the user.
+    """
+
+    checkpoint: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_folder(folder: Path, config: Config) -> Start:
+    """Rank 0's part before anything is built: find every problem, then make the run's folder, or keep it and go on.
 
     Raises:
         ConfigError: all problems, at once.
+        CheckpointError: ``checkpoint.resume`` names no checkpoint.
     """
     problems = find_problems(config)
+    start = Start(*find_checkpoint(folder, config.checkpoint.resume))
     try:
         # The table of an earlier `evaluate` may be there already.
         earlier = folder.is_dir() and any(entry.name != "evaluation" for entry in folder.iterdir())
+        goes_on = earlier and _goes_on(folder, config, start, problems)
         if folder.exists() and not folder.is_dir():
             problems.append(f"run.folder: {folder} is a file; expected a folder or nothing there")
+        elif goes_on:
+            pass  # nothing to refuse, and nothing to remove
         elif earlier and not config.run.overwrite:
             problems.append(f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder")
         elif earlier and (read_status(folder) or {}).get("total_steps") is None:
@@ -31,25 +73,73 @@ def prepare_folder(folder: Path, config: Config) -> None:
         elif earlier:
             problems += _inputs_inside(folder, config)
         refuse(problems)
-        if earlier:
+        if earlier and not goes_on:
             shutil.rmtree(folder.resolve())
+            start = Start(start.checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.folder: {folder} cannot be made ready ({error})") from error
+    if start.checkpoint is not None and config.checkpoint.resume != AUTO:
+        changed = _changed(start.checkpoint / layout.CONFIG, config)
+        start.notes += [f"changed since {start.checkpoint.name}: {line}" for line in changed]
     write_file(folder / "config.yaml", dump_config(config))
+    return start
+
+
+def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) -> bool:
+    """Whether this is the earlier run of the folder, to be continued; adds to ``problems`` what forbids it."""
+    own = start.checkpoint is not None and _is_inside(start.checkpoint, layout.checkpoints_folder(folder))
+    if config.checkpoint.resume != AUTO:
+        return own
+    if (read_status(folder) or {"state": "done"})["state"] == "done":
+        return False
+    if own and start.checkpoint is not None:
+        changed = _changed(start.checkpoint / layout.CONFIG, config)
+        if changed and config.run.overwrite:
+            return False
+        if changed:
+            problems.append(
+                f"run.folder: {folder} holds a checkpoint of another config ({'; '.join(changed[:5])}); set checkpoint.resume: "
+                f"{start.checkpoint} to go on with the change, or another folder"
+            )
+        return True
+    # Killed before its first checkpoint: the same run starts over. Another one must not wipe it out.
+    return config.checkpoint.every_steps is not None and _changed(folder / "config.yaml", config) == []
+
+
+def _changed(file: Path, config: Config) -> list[str]:
+    """``section.key: old → new`` of what makes this another run than that of ``file``."""
+    try:
+        old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        return [f"{file} cannot be read ({error})"]
+    new = yaml.safe_load(dump_config(config))
+    return [line for line in differences(old, new) if not line.startswith(_FREE)]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """``section.key: old → new`` of every value that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old} → {new}"]
 
 
 def _inputs_inside(folder: Path, config: Config) -> list[str]:
     """What the run reads from the folder that it is about to replace."""
-    sets = [config.data.train, *(entry.shards for entry in config.evaluation.suite)]
+    sets = [training_patterns(config), *(entry.shards for entry in config.evaluation.suite)]
     inputs = [
         config.model.path,
         config.reference.source,
         config.data.classes or "",
         *(name for one in sets for name in one),
     ]
-    inside = [name for name in inputs if Path(name).resolve().is_relative_to(folder.resolve())]
+    inside = [name for name in inputs if _is_inside(Path(name), folder)]
     return [f"run.overwrite: {folder} would be replaced, but the run reads {name} from it" for name in inside]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def refuse(problems: list[str]) -> None:

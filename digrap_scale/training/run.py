@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from digrap_scale.checkpoint.ranks import Ranks
+from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.config import Config
-from digrap_scale.data.loader import build_loader
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.models.groups import build_groups, describe_groups
+from digrap_scale.training.batches import count_steps, open_training_data, training_loader, training_patterns
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
+from digrap_scale.training.faults import Nobody, StopRequest, Watch
 from digrap_scale.training.final import save_final
+from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
-from digrap_scale.training.setup import Place, peer_errors, place
+from digrap_scale.training.setup import Place, collective_timeout_s, peer_errors, place, shared_store
 
 
 def train(config: Config) -> None:
@@ -27,16 +32,20 @@ def train(config: Config) -> None:
     Raises:
         ConfigError, CheckpointError, SaveError, PeerError, NonFiniteError: see each; the message is for the user.
     """
-    with place(config) as here:
-        _train(config, here)
+    stop, watches = StopRequest(), ExitStack()
+    with stop.listening(), watches, place(config) as here:
+        _train(config, here, stop, watches)
 
 
-def _train(config: Config, here: Place) -> None:
+def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -> None:
     folder = Path(config.run.folder)
-    here.on_rank_0(lambda: prepare_folder(folder, config))
-    shards = ShardSet.open(config.data.train)
-    here.same("data.train: samples of the shards", shards.counts)
-    total_steps = count_steps(config, shards.samples)
+    ranks = Ranks.of_job(collective_timeout_s(config))
+    start = ranks.on_first(lambda: prepare_folder(folder, config))
+    checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
+    data = open_training_data(config)
+    here.same("training shards: samples of each", [source.shards.counts for source in data])
+    total_steps = count_steps(config, sum(source.shards.samples for source in data))
+    start_step = 0 if checkpoint is None else checkpoint.step
     with (
         RunLog(
             folder,
@@ -45,9 +54,13 @@ def _train(config: Config, here: Place) -> None:
             tensorboard=config.logging.tensorboard,
             every_steps=config.logging.every_steps,
             strength_every_steps=config.logging.strength_every_steps,
+            start_step=start_step,
         ) as log,
-        peer_errors(),
+        watching(config, here, log, watches) as watch,
+        peer_errors(watch.diagnosis),
     ):
+        for line in start.notes:
+            log.message(line)
         run = build_run(config, here)
         groups = build_groups(run.engine.module, config.optimizer)
         for line in run.built.report + describe_groups(groups):
@@ -55,18 +68,12 @@ def _train(config: Config, here: Place) -> None:
         projector = attach_projector(run, config)
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, train=True)
-        batches = build_loader(
-            shards,
-            train_task,
-            batch_samples=run.engine.micro_batch_samples,
-            rank=here.rank,
-            world_size=here.world_size,
-            workers=config.data.workers,
-            seed=config.run.seed,
-            shuffle_buffer_samples=config.data.shuffle_buffer_samples,
-            train=True,
-        )
-        train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps)
+        batches = training_loader(data, train_task, config, here, run.engine)
+        with keeping(run, projector, batches, config, here, log, watch, stop, total_steps) as keeper:
+            if checkpoint is not None:
+                keeper.load(checkpoint, log.message)
+                log.message(f"resumed from {checkpoint.folder.name}")
+            train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps, keeper, start_step)
         projector.detach()
         if config.checkpoint.final:
             save_final(run, folder / "final", here)
@@ -76,13 +83,19 @@ def _train(config: Config, here: Place) -> None:
             here.on_rank_0(lambda: _report(config, folder, result))
 
 
-def count_steps(config: Config, samples: int) -> int:
-    """Optimizer steps of the run: ``training.steps``, or full global batches of ``training.epochs`` passes."""
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None
-    return max(1, training.epochs * (samples // training.global_batch_samples))
+@contextmanager
+def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) -> Iterator[Nobody]:
+    """The heartbeats of the job's ranks, while the block runs; ``at_the_end`` is left when the process group is. Collective."""
+    if here.world_size == 1:
+        yield Nobody()
+        return
+    timeout_s = config.sharding.reduce_timeout_s
+    watch = Watch(shared_store(here), here.rank, here.world_size, timeout_s, log.given_up)
+    at_the_end.callback(watch.stay)
+    try:
+        yield watch
+    finally:
+        watch.close()
 
 
 def _report(config: Config, folder: Path, result: SuiteResult) -> None:
@@ -90,7 +103,7 @@ def _report(config: Config, folder: Path, result: SuiteResult) -> None:
     rows = [ReportRow(config.method.name, result)]
     notes = [
         f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
-        f"training shards: {', '.join(config.data.train)}",
+        f"training shards: {', '.join(training_patterns(config))}",
     ]
     write_report(rows, folder, notes=notes, strength={config.method.name: read_strength(folder)})
     print_report(rows, notes)

@@ -109,7 +109,7 @@ def place(config: Config) -> Iterator[Place]:
         # No launcher: a job of one process, in which every backend works as it does in a larger one.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     device = _device(local_rank)
-    timeout = timedelta(seconds=config.sharding.reduce_timeout_s)
+    timeout = timedelta(seconds=collective_timeout_s(config))
     if backend.startswith("zero"):
         _init_deepspeed(backend, device, timeout)
     else:
@@ -128,17 +128,41 @@ def place(config: Config) -> Iterator[Place]:
 
 
 @contextmanager
-def peer_errors() -> Iterator[None]:
-    """Turn the RuntimeErrors of a collective that another process left into PeerError."""
+def peer_errors(diagnosis: Callable[[], str] = lambda: "another process failed or hangs") -> Iterator[None]:
+    """Turn the RuntimeErrors of a collective that another process left into PeerError; ``diagnosis`` says which."""
     try:
         yield
     except RuntimeError as error:  # gloo raises plain ones; NCCL DistBackendError, a subclass
         if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
-            raise PeerError(f"another process failed or hangs: {str(error).strip().splitlines()[0]}") from error
+            raise PeerError(f"{diagnosis()} ({str(error).strip().splitlines()[0]})") from error
         raise
 
 
-_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+_PEER_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Timed out waiting",
+    "Broken pipe",
+)
+
+
+def collective_timeout_s(config: Config) -> float:
+    """How long a collective waits: less than ``sharding.reduce_timeout_s``, so that there is time to find out for whom."""
+    return 0.8 * config.sharding.reduce_timeout_s
+
+
+def shared_store(here: Place) -> dist.Store:
+    """A key-value store of this job's own, held by rank 0. Collective."""
+    host = os.environ["MASTER_ADDR"]
+    patience = timedelta(seconds=10)
+    port: list[Any] = [None]
+    store = None
+    if here.rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=patience, wait_for_workers=False)
+        port = [store.port]
+    dist.broadcast_object_list(port, src=0)
+    return store or dist.TCPStore(host, port[0], is_master=False, timeout=patience)
 
 
 def _init_deepspeed(backend: str, device: torch.device, timeout: timedelta) -> None:

@@ -93,7 +93,10 @@ def test_overrides() -> None:
             "found '.'; put text that begins with `*`, `&` or `!` in quotes",
         ),
         ("data.train=[", "not YAML: while parsing a flow node:"),
-        ("training.epochs=2", "training.epochs: expected `steps` or `epochs`, found both (100 and 2); remove one"),
+        (
+            "training.epochs=2",
+            "training.epochs: expected `steps`, `epochs` or `samples`, found steps (100) and epochs (2); keep one",
+        ),
         ("method.name=spd", "method.weight: expected a number ≥ 0, found nothing"),
         ("method={name: digrap, name: spd}", "method.name: expected it once, found it twice (first on line 1)"),
         ("learning_rate=1", "unknown section `learning_rate`; did you mean `optimizer.learning_rate`?"),
@@ -142,7 +145,7 @@ def test_dump_reads_back_to_an_equal_config() -> None:
 def test_constructing_a_config_checks_it_too() -> None:
     values = parse_config(BASE).model_dump()
     values["training"]["epochs"] = 3
-    with pytest.raises(ValueError, match=r"training\.epochs: expected `steps` or `epochs`, found both"):
+    with pytest.raises(ValueError, match=r"training\.epochs: expected `steps`, `epochs` or `samples`, found steps"):
         Config(**values)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from digrap_scale.data.loader import BatchLoader, build_loader
+from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.errors import ConfigError
 from tests.data.samples import NumberTask, make_samples, raw_tar, sample_members
@@ -22,7 +23,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return ShardSet.open([f"{folder}/p-*.tar"])
 
 
-def loader(shards: ShardSet, train: bool, rank: int = 0, **changes: int) -> BatchLoader:
+def loader(shards: ShardSet, train: bool, rank: int = 0, **changes: Any) -> Any:
     options = {"batch_samples": 4, "world_size": 3, "workers": 0, "seed": 5, "shuffle_buffer_samples": 8, **changes}
     return build_loader(shards, NumberTask(), rank=rank, train=train, **options)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from digrap_scale.data import reading
-from digrap_scale.data.reading import TarCursor, decode_image, read_members, samples_of
+from digrap_scale.data.reading import decode_image, samples_of
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.data.splitting import Span
+from digrap_scale.data.tar import SampleError
 from digrap_scale.errors import ConfigError
 from tests.data.samples import encoded, make_samples, raw_tar, sample_members
 
@@ -64,46 +64,17 @@ def test_transparency_goes_onto_white() -> None:
     assert decode_image(encoded((1, 2, 3), extension="png"), "x").getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_links_and_large_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        link = tarfile.TarInfo("k.json")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    with pytest.raises(ConfigError, match="not a regular file"):
-        TarCursor(tmp_path / "x.tar").read()
-    monkeypatch.setattr(reading, "MAX_MEMBER_BYTES", 10)
-    path = raw_tar(tmp_path / "y.tar", sample_members("k"))
-    with pytest.raises(ConfigError, match="limit 10"):
-        TarCursor(path).read()
-
-
 def test_spans_start_inside_shards_and_go_back(tmp_path: Path) -> None:
     write_shards(make_samples(12), tmp_path, prefix="p", samples_per_shard=6)
     shards = ShardSet.open([f"{tmp_path}/p-*.tar"])
     spans = [Span(0, 2, 4), Span(0, 5, 6), Span(0, 1, 2), Span(1, 0, 1), Span(0, 0, 2)]
-    assert [s["meta"]["number"] for s in samples_of(spans, shards.paths)] == [2, 3, 5, 1, 6, 0, 1]
+    assert [s["meta"]["number"] for s in samples_of(spans, shards.paths, shards.offsets)] == [2, 3, 5, 1, 6, 0, 1]
 
 
-def test_a_shard_that_shrank_or_is_cut_off_is_named(tmp_path: Path) -> None:
-    path = raw_tar(tmp_path / "x.tar", [m for i in range(3) for m in sample_members(f"k{i}")])
-    with pytest.raises(ConfigError, match="ends after 3 samples, expected 5"):
-        list(read_members([Span(0, 0, 5)], [path]))
-    path.write_bytes(path.read_bytes()[:1300])
-    with pytest.raises(ConfigError, match="x.tar"):
-        list(read_members([Span(0, 0, 3)], [path]))
-    path.unlink()
-    with pytest.raises(ConfigError, match="x.tar: cannot be read"):
-        list(read_members([Span(0, 0, 3)], [path]))
-
-
-def test_folders_in_a_tar_are_skipped(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        folder = tarfile.TarInfo("sub")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name, data in sample_members("sub/k"):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    shards = ShardSet.open([f"{tmp_path}/x.tar"])
-    assert [s["key"] for s in samples_of([Span(0, 0, 1)], shards.paths)] == ["sub/k"]
+def test_texts_stand_beside_the_json(tmp_path: Path) -> None:
+    members = [("a.png", encoded()), ("a.txt", b"a cat\n"), ("a.cls", b"3"), *sample_members("b", {"cls": "own"})]
+    path = raw_tar(tmp_path / "x.tar", [*members, ("b.cls", b"4"), ("c.png", encoded()), ("c.txt", b"\xff")])
+    first, second = samples_of([Span(0, 0, 2)], [path])
+    assert (first["meta"], second["meta"]) == ({"txt": "a cat", "cls": "3"}, {"cls": "own"})
+    with pytest.raises(SampleError, match="x.tar: sample c: the txt cannot be decoded"):
+        list(samples_of([Span(0, 2, 3)], [path]))

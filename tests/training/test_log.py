@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from digrap_scale.errors import CheckpointError, ConfigError, SaveError
+from digrap_scale.errors import CheckpointError, ConfigError, Preempted, SaveError
 from digrap_scale.training.log import METRICS, RunLog, read_metrics, read_status, read_strength, trim
 
 KEYS = [*METRICS, "skipped"]
@@ -93,7 +93,7 @@ def test_values_that_are_not_finite_stay_json(tmp_path):
         (CheckpointError("no weights"), "failed", 3, "no weights"),
         (ValueError("broken\n  inside"), "failed", 1, "ValueError: broken · inside"),
         (KeyboardInterrupt(), "failed", 130, "interrupted from the keyboard"),
-        (SystemExit(75), "preempted", 75, "asked to stop"),
+        (Preempted("preempted; saved step 3"), "preempted", 75, "preempted; saved step 3"),
         (SystemExit(0), "done", 0, ""),
         (SystemExit(4), "failed", 4, "exit code 4"),
     ],
@@ -105,14 +105,6 @@ def test_status_says_how_it_ended(tmp_path, error, state, code, reason):
     status = read_status(tmp_path)
     assert (status["state"], status["exit_code"], status["reason"], status["step"]) == (state, code, reason, 3)
     assert status["ended"]
-
-
-def test_preempted(tmp_path):
-    with run_log(tmp_path) as log:
-        take(log, [1])
-        log.preempted("signal 15, checkpoint saved at step 1")
-    assert read_status(tmp_path)["state"] == "preempted"
-    assert read_status(tmp_path)["exit_code"] == 75
 
 
 def test_resume_continues_the_files(tmp_path):

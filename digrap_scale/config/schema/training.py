@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -12,8 +12,9 @@ from .base import PositiveFloat, Section
 class TrainingConfig(Section):
     """How long, and in what portions."""
 
-    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; give this or `epochs`.")
+    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; give this, `epochs` or `samples`.")
     epochs: PositiveInt | None = Field(default=None, description="Passes over the training shards.")
+    samples: PositiveInt | None = Field(default=None, description="Samples to train on, whole steps of them.")
     global_batch_samples: PositiveInt = Field(description="Samples per optimizer step, over all ranks.")
     micro_batch_samples: PositiveInt | None = Field(
         default=None, description="Samples per forward on one rank; empty: no accumulation."
@@ -43,6 +44,34 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept."""
+    """What is kept, and from where a run goes on."""
 
+    every_steps: PositiveInt | None = Field(
+        default=500, description="Steps between two checkpoints; empty: only when the run is asked to stop (SIGTERM)."
+    )
+    keep_last: PositiveInt = Field(default=2, description="Checkpoints that are kept, the newest.")
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="Checkpoints of steps that this divides are kept for good, too."
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="Write while training goes on, from a copy in host memory (one more copy of weights and moments).",
+    )
+    frozen_weights: bool = Field(
+        default=True,
+        description=(
+            "Store weights that do not train, too. Off: smaller checkpoints of adapters, which need `model.path` as it was."
+        ),
+    )
+    deepspeed_native: bool = Field(
+        default=False,
+        description="zero1/2/3: also write DeepSpeed's own `save_checkpoint` into each checkpoint, for other tools.",
+    )
+    resume: Annotated[str, Field(min_length=1)] = Field(
+        default="auto",
+        description=(
+            "`auto`: go on from the newest complete checkpoint of `run.folder`, if there is one; `never`; or the folder of a "
+            "checkpoint."
+        ),
+    )
     final: bool = Field(default=True, description="Write `final/` (safetensors, config, processor) at the end.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from digrap_scale.data.augment import random_resized_crop
 from digrap_scale.errors import ConfigError
@@ -41,6 +42,12 @@ class Task(ABC):
         Raises:
             ConfigError: a sample without its label or caption, or with an unknown label; names shard and key.
         """
+
+    def padding(self, sample: dict[str, Any]) -> Batch:
+        """A batch of the shape of ``sample``'s that counts nowhere: labels −1, no keys; its loss is 0."""
+        batch = self.collate([sample])
+        assert batch.labels is not None  # every task's collate gives labels
+        return Batch(batch.inputs, torch.full_like(batch.labels, -1), [])
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -76,6 +83,12 @@ class Task(ABC):
                 f"names of data.classes (nearest: {', '.join(near)})"
             )
         return self._index[name]
+
+
+def mean_cross_entropy(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy over labels ≥ 0; labels of −1 do not count, and without any other the loss is 0, not NaN."""
+    total = functional.cross_entropy(logits_BC, labels_B, ignore_index=-1, reduction="sum")
+    return total / (labels_B >= 0).sum().clamp(min=1)
 
 
 def text_field(sample: dict[str, Any], field: str, option: str) -> str:

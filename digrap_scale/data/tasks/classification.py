@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from digrap_scale.data.tasks.base import Task
+from digrap_scale.data.tasks.base import Task, mean_cross_entropy
 from digrap_scale.types import Batch
 
 
@@ -22,7 +21,7 @@ class ClassificationTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean cross entropy; labels of −1 do not count."""
         assert batch.labels is not None
-        return functional.cross_entropy(self.logits(model, batch), batch.labels, ignore_index=-1)
+        return mean_cross_entropy(self.logits(model, batch), batch.labels)
 
     def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """[B, C] float32."""

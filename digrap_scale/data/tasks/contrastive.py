@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from digrap_scale.data.tasks.base import Task, text_field
+from digrap_scale.data.tasks.base import Task, mean_cross_entropy, text_field
 from digrap_scale.types import Batch
 
 Tokenize = Callable[[Sequence[str]], dict[str, torch.Tensor]]
@@ -37,7 +37,7 @@ class ContrastiveLabelTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean cross entropy; labels of −1 do not count."""
         assert batch.labels is not None
-        return functional.cross_entropy(self.logits(model, batch), batch.labels, ignore_index=-1)
+        return mean_cross_entropy(self.logits(model, batch), batch.labels)
 
     def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """[B, C] float32."""
@@ -64,6 +64,8 @@ class ContrastiveCaptionTask(Task):
         """½ · (image → caption + caption → image); a caption's target is spread evenly over its images."""
         assert batch.labels is not None
         logits_BU = self.logits(model, batch)
+        if not batch.keys:
+            return logits_BU.sum() * 0  # padding: this rank only joins the others' collectives
         positives_UB = functional.one_hot(batch.labels, logits_BU.shape[1]).T.to(logits_BU.dtype)
         targets_UB = positives_UB / positives_UB.sum(dim=1, keepdim=True)
         image_loss = functional.cross_entropy(logits_BU, batch.labels)

@@ -1,0 +1,281 @@
+"""Tar files as shards: what a sample's members are, where in the file each sample lies, and reading one by number.
+
+``scan_shard`` walks through all headers once and finds what ``tarfile`` passes over in silence: a file that ends within
+a header or without its end mark, a damaged header, data behind the end mark. What it returns, [start, bytes, text
+bytes] of every sample, is what a manifest keeps, so that ``ShardReader`` gets any sample with a single read, wherever
+it lies. (webdataset streams a shard from its start, and its ``wids`` walks through a shard's headers when it opens it.)
+"""
+
+# n samples of a shard
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from digrap_scale.errors import ConfigError
+
+IMAGE_EXTENSIONS = ("webp", "jpg", "jpeg", "png")
+TEXT_EXTENSIONS = ("json", "txt", "cls")
+EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
+MAX_SAMPLE_BYTES = 256 * 2**20
+MAX_OPEN_SHARDS = 64
+OFFSET_COLUMNS = ("start", "bytes", "text_bytes")
+# One member of a kind, or several images that are numbered: KEY.json, KEY.0.webp, KEY.1.webp.
+_EXTENSION = re.compile(rf"([0-9]+\.)?({'|'.join(IMAGE_EXTENSIONS)})|{'|'.join(TEXT_EXTENSIONS)}")
+
+
+class SampleError(ConfigError):
+    """One sample cannot be used; ``data.on_bad_sample: skip`` leaves it out."""
+
+
+def split_name(path: Path | str, name: str) -> tuple[str, str]:
+    """``a/b.webp`` → (``a/b``, ``webp``): the extension starts at the first dot of the last part.
+
+    Raises:
+        SampleError: the extension is not in the allow-list.
+    """
+    folder, _, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    if not stem or not _EXTENSION.fullmatch(extension.lower()):
+        raise SampleError(f"{path}: member {name!r}: expected KEY.EXTENSION with one of {', '.join(EXTENSIONS)}")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+@dataclass
+class ShardScan:
+    """What a walk through a shard's headers finds.
+
+    Attributes:
+        offsets: [n, 3] uint64: each sample's first byte, its bytes with headers, and bytes of its json, txt and cls.
+        problems: what is wrong with the file, a line each; the samples concerned are not among ``offsets``.
+    """
+
+    offsets: np.ndarray
+    problems: list[str]
+
+
+@dataclass
+class _Walk:
+    """The samples found so far, and the one whose members are being read."""
+
+    path: Path
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    key: str | None = None
+    start: int = 0
+    stop: int = 0
+    text_bytes: int = 0
+    end: int = 0  # of the member before, whatever it is
+
+    def member(self, member: tarfile.TarInfo) -> None:
+        self.end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        try:
+            key, extension = split_name(self.path, member.name)
+            if not member.isreg() or member.issparse():
+                raise SampleError(f"{self.path}: member {member.name!r} is not a regular file")
+        except SampleError as error:
+            self.problems += error.problems
+            return
+        if key != self.key:
+            self.finish()
+            self.key, self.start, self.text_bytes = key, member.offset, 0
+        self.stop = self.end
+        self.text_bytes += member.size if extension in TEXT_EXTENSIONS else 0
+
+    def finish(self) -> None:
+        if self.key is None:
+            return
+        if self.key in self.seen:
+            self.problems.append(
+                f"{self.path}: sample {self.key} comes again at byte {self.start}: keys must be unique in a shard and "
+                "a sample's members stand next to each other"
+            )
+        else:
+            self.seen.add(self.key)
+            self.rows.append((self.start, self.stop - self.start, self.text_bytes))
+        self.key = None
+
+    def after(self) -> str:
+        return f"after sample {self.key}" if self.key is not None else "before its first sample"
+
+
+def scan_shard(path: Path) -> ShardScan:
+    """Walks through all of a shard's headers; reads no data of members.
+
+    Raises:
+        ConfigError: the file cannot be opened as a plain tar file.
+    """
+    walk = _Walk(path)
+    try:
+        with open(path, "rb") as stream:
+            tar = tarfile.open(fileobj=stream, mode="r:")
+            try:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
+                    if member.isdir():
+                        walk.end = member.offset_data
+                    else:
+                        walk.member(member)
+                problem = _end_problem(stream, walk.end)
+            except tarfile.TarError as error:
+                problem = f"is cut off or broken ({error})"
+            if problem is not None:
+                walk.problems.append(f"{path}: {problem} {walk.after()}")
+            if walk.end > os.fstat(stream.fileno()).st_size:
+                walk.key = None  # the last member's data are not all there
+    except (OSError, tarfile.TarError) as error:
+        raise ConfigError(f"{path}: cannot be read as a plain tar file: {error}") from error
+    walk.finish()
+    return ShardScan(np.array(walk.rows, dtype=np.uint64).reshape(-1, len(OFFSET_COLUMNS)), walk.problems)
+
+
+def _end_problem(stream: IO[bytes], end: int) -> str | None:
+    """What is wrong with the file's end; ``tarfile`` takes a broken header, and half of one, for the end."""
+    stream.seek(end)
+    header = stream.read(tarfile.BLOCKSIZE)
+    if not header:
+        return "ends without an end mark: it is cut off"
+    if len(header) < tarfile.BLOCKSIZE:
+        return f"is cut off within a header at byte {end}"
+    if header.count(0) != tarfile.BLOCKSIZE:
+        return f"has a damaged header at byte {end}"
+    while block := stream.read(1 << 20):
+        if block.count(0) != len(block):
+            return f"has data behind its end mark at byte {end}, which nothing would read,"
+    return None
+
+
+def scan_checked(path: Path, skip: bool = False) -> ShardScan:
+    """``scan_shard``, refusing a shard with problems unless ``skip``.
+
+    Raises:
+        ConfigError: every problem of the shard.
+    """
+    scan = scan_shard(path)
+    if scan.problems and not skip:
+        raise ConfigError(scan.problems)
+    return scan
+
+
+def parse_sample(path: Path, data: bytes) -> dict[str, Any]:
+    """The members of one sample, grouped as webdataset does it: ``__key__``, ``__url__``, extension → bytes.
+
+    Raises:
+        SampleError: the same member twice.
+        ConfigError: the bytes are not the members of one sample: the file is not the one that was indexed.
+    """
+    sample: dict[str, Any] = {"__url__": str(path)}
+    try:
+        for name, content in _members(data):
+            key, extension = split_name(path, name)
+            if sample.setdefault("__key__", key) != key:
+                raise tarfile.TarError(f"members of samples {sample['__key__']} and {key}")
+            if extension in sample:
+                raise SampleError(f"{path}: sample {key} has the same member twice: {extension}")
+            sample[extension] = content
+        if "__key__" not in sample:
+            raise tarfile.TarError("no member")
+    except tarfile.TarError as error:
+        raise ConfigError(
+            f"{path}: no sample where one should be ({error}): the file changed after it was indexed; "
+            "write its manifest anew (digrap-scale index)"
+        ) from error
+    return sample
+
+
+def _members(data: bytes) -> list[tuple[str, bytes]]:
+    """Names and contents; plain headers are read one by one, anything else is left to ``tarfile``."""
+    found = []
+    at = 0
+    while at < len(data):
+        member = tarfile.TarInfo.frombuf(data[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+            return _extended_members(data)
+        at += tarfile.BLOCKSIZE
+        if not member.isdir():
+            found.append((member.name, data[at : at + member.size]))
+            if len(found[-1][1]) != member.size:
+                raise tarfile.TarError(f"member {member.name!r} is cut off")
+            at += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return found
+
+
+def _extended_members(data: bytes) -> list[tuple[str, bytes]]:
+    """The same for long names and pax headers."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [(m.name, stream.read()) for m in tar if (stream := tar.extractfile(m)) is not None and m.isreg()]
+
+
+# The offsets of a shard, when somebody asks for them; see ``ShardScan.offsets``.
+Offsets = Callable[[], np.ndarray]
+
+
+class ShardReader:
+    """Any sample of a set of shards by its number, with one read.
+
+    Keeps up to ``MAX_OPEN_SHARDS`` files open. Belongs to one process.
+
+    Args:
+        paths: the shards.
+        offsets: of each shard, or None: its headers are then walked through when its first sample is asked for.
+        skip: leave out samples that such a walk finds broken, as when they were counted.
+    """
+
+    def __init__(self, paths: Sequence[Path], offsets: Sequence[Offsets | None] | None = None, skip: bool = False):
+        self._paths = paths
+        self._offsets = offsets if offsets is not None else [None] * len(paths)
+        self._skip = skip
+        self._open: OrderedDict[int, tuple[IO[bytes], np.ndarray]] = OrderedDict()
+
+    def read(self, shard: int, index: int) -> dict[str, Any]:
+        """Sample ``index`` of shard ``shard``, encoded; see ``parse_sample``.
+
+        Raises:
+            SampleError, ConfigError: the sample, or the shard, is not what it should be.
+        """
+        path = self._paths[shard]
+        stream, offsets = self._opened(shard)
+        if index >= len(offsets):
+            raise ConfigError(
+                f"{path}: has {len(offsets)} samples, expected {index + 1} or more: the file changed after it was "
+                "counted; write its manifest anew (digrap-scale index)"
+            )
+        start, size = int(offsets[index, 0]), int(offsets[index, 1])
+        if size > MAX_SAMPLE_BYTES:
+            raise SampleError(f"{path}: sample {index} has {size} bytes, limit {MAX_SAMPLE_BYTES}")
+        try:
+            data = os.pread(stream.fileno(), size, start)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read at byte {start}: {error}") from error
+        return parse_sample(path, data)
+
+    def _opened(self, shard: int) -> tuple[IO[bytes], np.ndarray]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        path, offsets = self._paths[shard], self._offsets[shard]
+        known = offsets() if offsets is not None else scan_checked(path, self._skip).offsets
+        try:
+            stream = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read as a plain tar file: {error}") from error
+        self._open[shard] = stream, known
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)[1][0].close()
+        return self._open[shard]
+
+    def close(self) -> None:
+        """Closes all files."""
+        while self._open:
+            self._open.popitem()[1][0].close()

@@ -1,0 +1,231 @@
+"""What may befall a run from outside: a request to stop, and processes that die or hang. Each ends with a line that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from digrap_scale.errors import PeerError
+
+_LONGEST_PERIOD_S = 5.0
+_EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class StopRequest:
+    """SIGTERM: a scheduler that takes the node away, or a launcher that gives up.
+
+    While steps are taken (``deferred``) it is a flag, to be looked at between two of them, and it stays one when they end
+    by an error: who is about to say what happened is not cut short. At other times the process leaves, through the run's
+    log, so that its status says so.
+
+    Attributes:
+        wanted: whether this process was asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._deferred = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM comes here while the block runs. Outside the main thread nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Steps are taken while the block runs."""
+        self._deferred = True
+        yield
+        self._deferred = False
+        if self.wanted:
+            sys.exit(_EXIT_TERMINATED)
+
+    def _note(self, *_: object) -> None:
+        self.wanted = True
+        if not self._deferred:
+            sys.exit(_EXIT_TERMINATED)
+
+
+class Store(Protocol):
+    """A key-value store that all ranks reach (torch's TCPStore)."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write."""
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Read; waits for keys that are not there yet."""
+
+
+@dataclass
+class _Seen:
+    beat: bytes
+    since: float
+
+
+class Nobody:
+    """The watch of a process without peers."""
+
+    def at(self, step: int, doing: str) -> None:
+        """Nobody is told."""
+
+    def diagnosis(self) -> str:
+        """Nothing can be said of others."""
+        return "no other process is known"
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+    def stay(self) -> None:
+        """Nothing ends this process."""
+
+
+class Watch(Nobody):
+    """Heartbeats: a thread of every rank tells the others that it lives, in which step it is, and what it does.
+
+    A collective that fails or times out does not say whose fault it was; this does. And where a hang cannot be left (a
+    collective on an accelerator does not come back to Python), the thread ends the process with exit code 5 itself.
+
+    Args:
+        store: shared by all ranks; rank 0 holds it.
+        rank, size: of this process, and of the job.
+        timeout_s: how long a rank may be silent.
+        give_up: called (on the lowest rank that lives) with the line that names the fault, before a process ends itself
+            or where rank 0 cannot tell.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, give_up: Callable[[str], None]) -> None:
+        self._store, self._rank, self._size, self._timeout_s, self._give_up = store, rank, size, timeout_s, give_up
+        self._period_s = min(_LONGEST_PERIOD_S, timeout_s / 10)
+        self._place = (0, "starting", time.monotonic())
+        self._beats = 0
+        self._seen: dict[int, _Seen] = {}
+        self._store_lost_since: float | None = None
+        self._stop = threading.Event()
+        self._last_resort: threading.Timer | None = None
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def at(self, step: int, doing: str) -> None:
+        """Tell what this rank does from now on."""
+        self._place = (step, doing, time.monotonic())
+
+    def close(self) -> None:
+        """This rank leaves, as it should."""
+        self._stop.set()
+        if self._store_lost_since is not None:
+            return
+        with suppress(RuntimeError):  # rank 0, which holds the store, has left before: nobody looks any more
+            self._store.set(f"beat/{self._rank}", "left")
+
+    def diagnosis(self) -> str:
+        """Which rank is silent or behind, in which step, and what this one waited for. Takes up to four periods.
+
+        The process is about to leave: if something keeps it (groups that wait for what will not come), a timer does it.
+        """
+        line = self._find_out()
+        self._last_resort = threading.Timer(max(5.0, 0.2 * self._timeout_s), self._leave, [line])
+        self._last_resort.daemon = True
+        self._last_resort.start()
+        return line
+
+    def stay(self) -> None:
+        """The process got out by itself; it goes on after an error that its caller has seen."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+
+    def _find_out(self) -> str:
+        step, doing, _ = self._place
+        waited = f"rank {self._rank} waited for it in step {step}, {doing}"
+        silent: list[int] = []
+        deadline = time.monotonic() + 4 * self._period_s
+        while not silent and time.monotonic() < deadline:
+            time.sleep(self._period_s / 2)
+            silent = self._silent(2.5 * self._period_s)
+        if silent:
+            line = f"{self._names(silent)}; {waited}"
+        else:
+            line = f"{self._behind(step)}; {waited}"
+        if silent and 0 in silent and self._rank == min(set(range(self._size)) - set(silent)):
+            self._give_up(line)
+        return line
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s):
+            self._exchange()
+            silent = self._silent(self._timeout_s)
+            if not silent or self._stop.is_set():
+                continue
+            line = f"{self._names(silent)}; rank {self._rank} waited for it in step {self._place[0]}, {self._place[1]}"
+            if self._rank == min(set(range(self._size)) - set(silent)):
+                self._give_up(line)
+            self._leave(line)  # the main thread hangs in a collective: nothing else ends it
+
+    def _leave(self, line: str) -> None:
+        print(f"rank {self._rank}: {line} (exit {PeerError.exit_code})", file=sys.stderr, flush=True)
+        os._exit(PeerError.exit_code)
+
+    def _exchange(self) -> None:
+        step, doing, since = self._place
+        self._beats += 1
+        now = time.monotonic()
+        try:
+            self._store.set(f"beat/{self._rank}", f"{self._beats}|{step}|{now - since:.0f}|{doing}")
+            beats = self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])
+            self._store_lost_since = None
+        except RuntimeError:  # torch's DistError and its kinds: rank 0, which holds the store, does not answer
+            self._store_lost_since = self._store_lost_since or now
+            return
+        for rank, beat in enumerate(beats):
+            known = self._seen.get(rank)
+            if known is None or known.beat != beat:
+                self._seen[rank] = _Seen(beat, now)
+
+    def _silent(self, longer_than_s: float) -> list[int]:
+        now = time.monotonic()
+        if self._store_lost_since is not None and self._rank != 0:
+            # The store answers nobody: rank 0 is gone or stopped, of the others nothing is known.
+            return [0] if now - self._store_lost_since > min(longer_than_s, self._timeout_s) else []
+        return [
+            rank
+            for rank, seen in self._seen.items()
+            if rank != self._rank and seen.beat != b"left" and now - seen.since > longer_than_s
+        ]
+
+    def _names(self, silent: list[int]) -> str:
+        words = []
+        for rank in silent:
+            seen = self._seen.get(rank)
+            place = _parse(seen.beat) if seen is not None else None
+            where = f" in step {place[0]}, {place[2]}" if place is not None else ""
+            words.append(f"rank {rank} is dead or stopped (last seen{where})")
+        return ", ".join(words)
+
+    def _behind(self, step: int) -> str:
+        """All live: who is not where the others are."""
+        places = {rank: place for rank, seen in self._seen.items() if (place := _parse(seen.beat)) is not None}
+        others = {rank: place for rank, place in places.items() if rank != self._rank}
+        if not others:
+            return "another process failed"
+        rank = max(others, key=lambda rank: (others[rank][0] < step, others[rank][1]))
+        at, seconds, doing = others[rank]
+        return f"rank {rank} does not answer, though it lives: for {seconds} s in step {at}, {doing}"
+
+
+def _parse(beat: bytes) -> tuple[int, int, str] | None:
+    """Step, seconds there, what it does."""
+    parts: list[Any] = beat.decode().split("|", 3)
+    return (int(parts[1]), int(parts[2]), parts[3]) if len(parts) == 4 else None

@@ -1,0 +1,111 @@
+"""Between two steps: save when it is time, stop when one of the ranks was asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from digrap_scale.checkpoint.layout import Checkpoint
+from digrap_scale.checkpoint.ranks import Ranks
+from digrap_scale.checkpoint.save import Saver
+from digrap_scale.config import Config
+from digrap_scale.config.schema import CheckpointConfig
+from digrap_scale.data.loader import TrainingLoader
+from digrap_scale.errors import Preempted
+from digrap_scale.projector import Projector
+from digrap_scale.training.build_run import BuiltRun
+from digrap_scale.training.faults import Nobody, StopRequest
+from digrap_scale.training.log import RunLog
+from digrap_scale.training.setup import Place, collective_timeout_s
+from digrap_scale.training.state import RunState
+
+_STOP, _FAILED = 1, 2
+
+
+class Keeper:
+    """Keeps a run's state.
+
+    Args:
+        state: of the run.
+        saver: where it goes.
+        watch: is told what this rank does.
+        settings: the config's ``checkpoint`` section.
+        stop: whether this process was asked to stop.
+        ranks: who agree, in a group of their own.
+        total_steps: of the run.
+        batches: the loader; how far it is goes with the state.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        saver: Saver,
+        settings: CheckpointConfig,
+        stop: StopRequest,
+        ranks: Ranks,
+        total_steps: int,
+        batches: TrainingLoader,
+        watch: Nobody,
+    ) -> None:
+        self._state, self._saver, self._settings, self._stop = state, saver, settings, stop
+        self._ranks, self._total_steps, self._batches = ranks, total_steps, batches
+        self.watch = watch
+
+    def after_step(self, step: int) -> None:
+        """To be called after every step, on every rank. Collective: ranks agree on one number.
+
+        Raises:
+            SaveError: a checkpoint could not be written.
+            Preempted: a rank was asked to stop; the state is saved.
+        """
+        self.watch.at(step, "agreeing whether to stop")
+        wishes = self._ranks.any_of((_STOP if self._stop.wanted else 0) | (_FAILED if self._saver.failed else 0))
+        if wishes & _FAILED:
+            self._saver.wait()
+        stop = bool(wishes & _STOP)
+        if stop or self._due(step):
+            self.watch.at(step, "saving a checkpoint")
+            self._saver.save(self._state.contents(step, self._batches.state_dict()), wait=stop)
+        if stop:
+            raise Preempted(f"preempted; saved step {step}")
+
+    def _due(self, step: int) -> bool:
+        every = self._settings.every_steps
+        if step == self._total_steps and not self._settings.final:
+            return True  # nothing else would hold the weights
+        return every is not None and step % every == 0
+
+    def load(self, checkpoint: Checkpoint, message: Callable[[str], None]) -> None:
+        """Go on from a checkpoint. Collective. Raises: CheckpointError."""
+        self._state.load(checkpoint, self._ranks, message)
+        self._ranks.together(lambda: self._batches.load_state_dict(checkpoint.state["data"]))
+        self._saver.last_step = checkpoint.step
+
+
+@contextmanager
+def keeping(
+    run: BuiltRun,
+    projector: Projector,
+    batches: TrainingLoader,
+    config: Config,
+    here: Place,
+    log: RunLog,
+    watch: Nobody,
+    stop: StopRequest,
+    total_steps: int,
+) -> Iterator[Keeper]:
+    """A ``Keeper`` for the steps of the block; what is being saved comes to its end.
+
+    Raises:
+        SaveError: the last save could not be written.
+    """
+    timeout_s = collective_timeout_s(config)
+    saver = Saver(Path(config.run.folder), config.checkpoint, Ranks.of_job(timeout_s), log.message)
+    state = RunState(run, projector, config, here, total_steps)
+    try:
+        with stop.deferred():
+            yield Keeper(state, saver, config.checkpoint, stop, Ranks.of_job(timeout_s), total_steps, batches, watch)
+            saver.wait()
+    finally:
+        saver.close()

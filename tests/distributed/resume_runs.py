@@ -1,0 +1,78 @@
+"""Runs from their config within ranks that are there already: straight, and again from a checkpoint."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from digrap_scale.checkpoint.dcp import read_parts, stored_shapes
+from digrap_scale.config import parse_config
+from digrap_scale.training import loop, run
+from digrap_scale.training.faults import StopRequest
+from digrap_scale.training.setup import Place
+from digrap_scale.types import Batch, TensorPart
+
+ASSETS = Path(__file__).parents[2] / "digrap_scale" / "demo" / "assets" / "pictograms"
+
+
+def values_of(path: Path, folder: Path, backend: str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A short run's config."""
+    values: dict[str, Any] = {
+        "run": {"folder": str(folder)},
+        "model": {"path": str(path), "task": "classification"},
+        "data": {
+            "train": [str(ASSETS / "noto-train-*.tar")],
+            "classes": str(ASSETS / "classes.json"),
+            "shuffle_buffer_samples": 20,
+            "augment": "crop",
+        },
+        "method": {"name": "digrap", "strength_lr": 0.05},
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01},
+        "schedule": {"warmup_steps": 2},
+        "sharding": {"backend": backend},
+        "training": {"steps": 6, "global_batch_samples": 12, "max_grad_norm": 1.0},
+        "checkpoint": {"every_steps": 3, "keep_last": 5, "final": False},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes}
+    return values
+
+
+def run_here(values: dict[str, Any]) -> list[list[str]]:
+    """The run, in this process's place; returns the keys of its batches."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    keys: list[list[str]] = []
+    original = loop.prepared
+
+    def noted(engine: Any, batch: Batch) -> Batch:
+        keys.append(batch.keys)
+        return original(engine, batch)
+
+    loop.prepared = noted
+    try:
+        with ExitStack() as watches:
+            run._train(
+                parse_config(yaml.safe_dump(values)), Place(rank, size, torch.device("cpu")), StopRequest(), watches
+            )
+    finally:
+        loop.prepared = original
+    return keys
+
+
+def run_all(runs: dict[str, dict[str, Any]]) -> dict[str, list[list[str]]]:
+    """Several runs, one after the other, in the same processes."""
+    return {name: run_here(values) for name, values in runs.items()}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's ``dcp``, whole (float32 and float64 as they are)."""
+    shapes = stored_shapes(checkpoint / "dcp")
+    flat = {key: torch.zeros(torch.Size(shape).numel(), dtype=torch.float64) for key, shape in shapes.items()}
+    read_parts(checkpoint / "dcp", [TensorPart(k, shapes[k], 0, f.numel(), f) for k, f in flat.items()])
+    return {key: value.view(shapes[key]) for key, value in flat.items()}

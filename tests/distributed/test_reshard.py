@@ -1,0 +1,84 @@
+"""A checkpoint is taken up by other numbers of ranks and other backends: the same values, and the same step after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from digrap_scale.checkpoint.layout import step_folder
+from tests.distributed.ranks import run_ranks
+from tests.distributed.reshard_runs import STEPS, first, firsts, second, seconds
+from tests.distributed.resume_runs import tensors_of
+
+METHODS = ("digrap", "digrap_update")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of four ranks (fsdp2, zero3, zero2) and of one process, for each method."""
+    folder = tmp_path_factory.mktemp("sources")
+    cases = {
+        f"{backend}-{method}": (backend, method, str(folder / f"{backend}-{method}"))
+        for backend in ("fsdp2", "zero3", "zero2")
+        for method in METHODS
+    }
+    run_ranks(4, folder / "ranks", firsts, cases)
+    for method in METHODS:
+        first("single", method, str(folder / f"single-{method}"))
+    return folder
+
+
+def check_taken_up(source: Path, taken: Path) -> None:
+    """What was loaded is what was saved, in every bit; a step later both are where one process would be."""
+    saved, again = (tensors_of(step_folder(folder, STEPS)) for folder in (source, taken))
+    for key, value in saved.items():
+        assert torch.equal(again[key], value), f"{taken.name}: {key}"
+    for key in set(again) - set(saved):  # ZeRO keeps moments of layers that never had a gradient
+        assert key.startswith("optimizer.state.unused.") and (key.endswith(".step") or not again[key].any()), key
+    after, expected = (tensors_of(step_folder(folder, STEPS + 1)) for folder in (taken, source))
+    for key, value in expected.items():
+        if key.startswith("optimizer.state.unused.") and key.endswith(".step"):
+            continue  # steps of a layer without a gradient: ZeRO counts them, torch does not
+        torch.testing.assert_close(after[key], value, atol=2e-6, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    moved = [key for key in saved if key.startswith("model.") and not torch.equal(saved[key], after[key])]
+    assert len(moved) > 8, "the step did nothing"
+
+
+def take_up(ranks: int, sources: Path, folder: Path, pairs: list[tuple[str, str]]) -> None:
+    cases = {
+        f"{source}-{target}-{method}": (target, method, str(sources / f"{source}-{method}"))
+        for source, target in pairs
+        for method in METHODS
+    }
+    runs = {name: (*case, str(folder / name)) for name, case in cases.items()}
+    if ranks == 1:
+        for arguments in runs.values():
+            second(*arguments)
+    else:
+        run_ranks(ranks, folder / "ranks", seconds, runs)
+    for name, (_, _, source) in cases.items():
+        check_taken_up(Path(source), folder / name)
+
+
+def test_one_process(sources: Path, tmp_path: Path) -> None:
+    take_up(1, sources, tmp_path, [("fsdp2", "single"), ("zero3", "single"), ("zero2", "single")])
+
+
+def test_two_ranks(sources: Path, tmp_path: Path) -> None:
+    pairs = [("fsdp2", "fsdp2"), ("zero3", "zero3"), ("fsdp2", "zero3"), ("zero3", "fsdp2"), ("single", "zero3")]
+    take_up(2, sources, tmp_path, pairs)
+
+
+@pytest.mark.slow
+def test_three_ranks(sources: Path, tmp_path: Path) -> None:
+    pairs = [("fsdp2", "fsdp2"), ("zero3", "zero3"), ("zero2", "zero3"), ("single", "fsdp2"), ("zero3", "zero1"),
+             ("fsdp2", "ddp"), ("zero2", "zero2")]  # fmt: skip
+    take_up(3, sources, tmp_path, pairs)
+
+
+@pytest.mark.slow
+def test_nine_ranks(sources: Path, tmp_path: Path) -> None:
+    """More ranks than most tensors have rows: empty shards everywhere."""
+    take_up(9, sources, tmp_path, [("fsdp2", "fsdp2"), ("zero3", "fsdp2")])
