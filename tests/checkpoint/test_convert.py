@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.convert import convert
 from digrap_scale.checkpoint.formats import WRITERS, open_source, zero_writer
 from digrap_scale.checkpoint.formats.base import Box, Files, boxed
@@ -321,8 +322,6 @@ def test_verification_finds_a_wrong_bit(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_our_own_checkpoints(tmp_path: Path) -> None:
     """The layout of docs/checkpoints.md, made by hand."""
-    import hashlib
-
     state = {"w": torch.randn(3, 2), "frozen": torch.randn(2).bfloat16(), "buffer": torch.arange(2)}
     folder = tmp_path / "step-40"
     dcp.save(
@@ -332,20 +331,21 @@ def test_our_own_checkpoints(tmp_path: Path) -> None:
     )
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
-    facts = {"trained": ["w"], "frozen": ["frozen"], "buffers": ["buffer"], "tied": {"head": "w"}}
+    facts = {"step": 40, "trained": ["w"], "frozen": ["frozen"], "buffers": ["buffer"], "tied": {"head": "w"}}
     (folder / "state.json").write_text(json.dumps(facts))
-    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size} for p in folder.rglob("*") if p.is_file()}
-    sums = json.dumps({"files": files})
+    sums = layout.encode({"files": {name: layout.checksum(folder / name) for name in layout.files_of(folder)}})
     (folder / "checksums.json").write_text(sums)
-    with pytest.raises(CheckpointError, match="step-40 is incomplete"):
+    with pytest.raises(CheckpointError, match="step-40: incomplete"):
         convert(folder, tmp_path / "out", "safetensors")
-    mark = {"format": 1, "step": 40, "checksums_sha256": hashlib.sha256(sums.encode()).hexdigest()}
-    (folder / "COMMITTED").write_text(json.dumps(mark))
+    (folder / "COMMITTED").write_text(layout.committed_mark(40, sums))
     path = convert(folder, tmp_path / "out", "safetensors", verify=True)
     assert_same(contents(path), state)
     assert (path / "config.json").is_file() and open_source(folder).aliases == {"head": "w"}
-    (folder / "state.json").write_text(json.dumps(facts) + " ")
-    with pytest.raises(CheckpointError, match=r"state\.json: expected \d+ bytes, found"):
+    data = next((folder / "dcp").glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"distcp: its SHA-256 differs"):
         convert(folder, tmp_path / "out2", "safetensors")
 
 
