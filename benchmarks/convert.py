@@ -3,9 +3,10 @@
     python benchmarks/convert.py                       4 GiB of bfloat16 weights, every conversion twice
     python benchmarks/convert.py --gigabytes 16 --folder /scratch
 
-Each conversion runs in a process of its own (peak memory: VmHWM; the resident size before it begins is told, too). A copy of its
-output (read, write, fsync, in pieces of 32 MiB) is timed right after it: the ratio of the two is the figure, as both share
-the machine's mood; the ratio of their CPU seconds is steadier on a busy one. Limits asked for: 2 × the largest tensor + 512 MiB, and 0.7 of a copy's speed.
+Each conversion runs in a process of its own (peak memory: VmHWM; "before": resident size as it begins). A copy of its output
+(read, write, fsync, in pieces of 32 MiB) is timed right after it: the ratio of the two is the figure, as both share the
+machine's mood; the ratio of their CPU seconds is steadier on a busy one. Limits asked for: 2 × the largest tensor + 512 MiB,
+and 0.7 of a copy's speed.
 """
 
 from __future__ import annotations

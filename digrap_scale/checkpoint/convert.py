@@ -67,11 +67,16 @@ def convert(
     if companions is not None:
         if not Path(companions).is_dir():
             raise ConfigError(f"--companions {companions}: expected a folder with config and processor files")
-        opened = replace(opened, companions=Path(companions))
-    if merge_into == OWN_BASE and opened.format != "adapter":
-        from digrap_scale.checkpoint.merge import merge_own
+        own, opened = opened.companions, replace(opened, companions=Path(companions))
+    else:
+        own = opened.companions
+    if merge_into == OWN_BASE:
+        if opened.format == "adapter":
+            raise ConfigError(f"--merge-adapter: {source} holds an adapter alone; name its base: --merge-adapter BASE")
+        from digrap_scale.checkpoint.merge import CONFIG, merge_own
 
-        opened = merge_own(opened)
+        with_config = own if own is not None and (own / CONFIG).is_file() else opened.companions
+        opened = merge_own(opened, with_config)
     elif merge_into is not None:
         if opened.format != "adapter":
             raise ConfigError(

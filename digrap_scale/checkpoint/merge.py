@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key  # not exported higher up; pinned by the tests of patterns
 
-from digrap_scale.checkpoint.formats.adapter import CONFIG
+from digrap_scale.checkpoint.formats.adapter import CONFIG as CONFIG
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.errors import CheckpointError
 from digrap_scale.file_names import names_by_config
@@ -69,15 +69,19 @@ def merge_adapter(base: Source, adapter: Source) -> Source:
     return _merge(base, adapter, _config(adapter.path / CONFIG), names, tied)
 
 
-def merge_own(source: Source) -> Source:
+def merge_own(source: Source, config_folder: Path | None) -> Source:
     """A checkpoint of a PEFT model in training, which holds base and adapter under their names there, as the merged model.
 
+    Args:
+        source: the checkpoint.
+        config_folder: where its adapter_config.json is.
+
     Raises:
-        CheckpointError: it holds no adapter named "default", or its companions no adapter_config.json.
+        CheckpointError: it holds no adapter named "default", or there is no adapter_config.json.
     """
-    if source.companions is None:
+    if config_folder is None:
         raise CheckpointError(f"{source.path}: no {CONFIG} goes with it; name its folder by --companions")
-    config = _config(source.companions / CONFIG)
+    config = _config(config_folder / CONFIG)
     base: dict[str, LazyTensor] = {}
     trained: dict[str, LazyTensor] = {}
     for name, tensor in source.tensors.items():
@@ -90,7 +94,7 @@ def merge_own(source: Source) -> Source:
     if not trained or not all(".default." in f"{tensor.name}." for tensor in trained.values()):
         raise CheckpointError(f"{source.path}: expected the weights of an adapter named default beside its base's")
     aliases = {alias.removeprefix(_PREFIX): name.removeprefix(_PREFIX) for alias, name in source.aliases.items()}
-    own_base = replace(source, tensors=base, aliases=aliases)
+    own_base = replace(source, tensors=base, aliases=aliases, left_out=(CONFIG,))
     return _merge(own_base, replace(source, tensors=trained), config, {name: name for name in base}, aliases)
 
 

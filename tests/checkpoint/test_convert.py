@@ -185,6 +185,7 @@ def test_training_checkpoint_with_its_adapter_is_merged(tmp_path: Path) -> None:
     arguments = ["convert", str(tmp_path / "dcp"), str(tmp_path / "out"), "--to", "safetensors", "--merge-adapter"]
     assert main([*arguments, "--companions", str(tmp_path / "adapter")]) == 0
     assert_same(contents(tmp_path / "out"), dict(adapted.merge_and_unload().state_dict()))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()  # else transformers takes it for an adapter
     with pytest.raises(CheckpointError, match="adapter named default"):
         convert(
             save(tmp_path / "hf", some_state()), tmp_path / "x", "dcp", merge_into="", companions=tmp_path / "adapter"
@@ -293,6 +294,7 @@ def test_damaged_inputs(
         ({"to": "safetensors", "world_size": 2}, "does not apply to safetensors"),
         ({"to": "safetensors", "dtype": "int8"}, "--dtype int8"),
         ({"to": "safetensors", "merge_into": "x"}, "is no PEFT adapter"),
+        ({"to": "safetensors", "companions": "nowhere"}, "expected a folder with config"),
         ({"to": "safetensors", "out": "hf"}, "would take the place of the source"),
     ],
 )
