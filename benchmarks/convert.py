@@ -3,9 +3,10 @@
     python benchmarks/convert.py                       4 GiB of bfloat16 weights, every conversion twice
     python benchmarks/convert.py --gigabytes 16 --folder /scratch
 
-Each conversion runs in a process of its own (peak memory: VmHWM; the resident size before it begins is told, too). A copy of its
-output (read, write, fsync, in pieces of 32 MiB) is timed right after it: the ratio of the two is the figure, as both share
-the machine's mood. Limits asked for: 2 × the largest tensor + 512 MiB, and 0.7 of a copy's speed.
+Each conversion runs in a process of its own (peak memory: VmHWM; "before": resident size as it begins). A copy of its output
+(read, write, fsync, in pieces of 32 MiB) is timed right after it: the ratio of the two is the figure, as both share the
+machine's mood; the ratio of their CPU seconds is steadier on a busy one. Limits asked for: 2 × the largest tensor + 512 MiB,
+and 0.7 of a copy's speed.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def size(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
 source, out, options = json.loads(sys.argv[1])
 before = size("VmRSS")
-start = time.perf_counter()
+start, start_cpu = time.perf_counter(), time.process_time()
 convert(source, out, **options)
-print(json.dumps({"seconds": time.perf_counter() - start, "before": before, "peak": size("VmHWM")}))
+times = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - start_cpu}
+print(json.dumps({**times, "before": before, "peak": size("VmHWM")}))
 """
 
 
@@ -66,8 +68,8 @@ def make(folder: Path, gigabytes: float) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def copy(source: Path, target: Path) -> float:
-    start = time.perf_counter()
+def copy(source: Path, target: Path) -> dict[str, float]:
+    start, start_cpu = time.perf_counter(), time.process_time()
     for path in [path for path in source.rglob("*") if path.is_file()]:
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def copy(source: Path, target: Path) -> float:
             shutil.copyfileobj(read, write, PIECE)
             write.flush()
             os.fsync(write.fileno())
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - start_cpu}
 
 
 def main() -> None:
@@ -88,22 +90,25 @@ def main() -> None:
         folder = Path(name)
         make(folder / "source", options.gigabytes)
         kept = {source for _, source, _ in RUNS}
-        print(f"{'':36} {'written':>9} {'time':>7} {'of a copy':>10} {'before':>8} {'peak':>8}")
+        print(f"{'':36} {'written':>9} {'time':>7} {'of a copy':>10} {'in CPU':>8} {'before':>8} {'peak':>8}")
         for title, source, arguments in RUNS:
-            ratios, results = [], []
+            results = []
+            ratios: dict[str, list[float]] = {"seconds": [], "cpu": []}
             for _ in range(options.repeats):
                 out = folder / title
                 shutil.rmtree(out, ignore_errors=True)
                 task = json.dumps([str(folder / source), str(out), arguments])
                 done = subprocess.run([sys.executable, "-c", WORKER, task], check=True, stdout=subprocess.PIPE)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
-                ratios.append(copy(out, folder / "copy") / results[-1]["seconds"])
+                for key, value in copy(out, folder / "copy").items():
+                    ratios[key].append(value / results[-1][key])
                 shutil.rmtree(folder / "copy")
             size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             seconds = statistics.median(result["seconds"] for result in results)
+            speed, cpu = (statistics.median(values) for values in ratios.values())
             before, peak = (max(result[key] for result in results) for key in ("before", "peak"))
             print(
-                f"{title:36} {size / 2**30:5.1f} GiB {seconds:6.1f}s {statistics.median(ratios):10.2f} "
+                f"{title:36} {size / 2**30:5.1f} GiB {seconds:6.1f}s {speed:10.2f} {cpu:8.2f} "
                 f"{before >> 20:4d} MiB {peak >> 20:4d} MiB",
                 flush=True,
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -81,7 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", required=True, help="safetensors, dcp or zero (ZeRO-3)")
     convert.add_argument("--world-size", type=int, help="ranks to write for (zero: needed; dcp: files)")
     convert.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
-    convert.add_argument("--merge-adapter", metavar="BASE", help="the source is a LoRA adapter: merge it into BASE")
+    convert.add_argument(
+        "--merge-adapter",
+        metavar="BASE",
+        nargs="?",
+        const="",
+        help="the source is a LoRA adapter: merge it into BASE; without BASE: a training checkpoint that holds both",
+    )
     convert.add_argument("--companions", help="folder whose config, processor and tokenizer files go with the weights")
     convert.add_argument("--max-shard-bytes", type=int, default=4 << 30, help="largest safetensors file")
     convert.add_argument("--verify", action="store_true", help="read the result again and compare hashes")
@@ -109,8 +114,6 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from digrap_scale.training.run import train
 
-    # A launcher that gives up sends SIGTERM: leave through the run's log, so that its status says so.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     train(_load(options))
 
 

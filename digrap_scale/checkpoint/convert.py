@@ -19,6 +19,7 @@ from digrap_scale.file_names import names_by_config
 
 # Formats that are loaded by the model's own names, not by transformers.
 _BY_MODULE = ("dcp", "zero")
+OWN_BASE = ""  # what argparse gives for --merge-adapter without a value
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,7 +45,8 @@ def convert(
         to: a format in ``formats.WRITERS``.
         world_size: ranks to write for (``zero``: needed; ``dcp``: files to cut into, 1 by default).
         dtype: of all floating-point tensors (a name in ``DTYPES``); by default as stored. ZeRO's are float32 always.
-        merge_into: ``source`` is a LoRA adapter, and this its base: the merged weights are written.
+        merge_into: ``source`` is a LoRA adapter, and this its base: the merged weights are written. ``OWN_BASE``: the
+            source is a checkpoint of a PEFT model in training, which holds both.
         companions: a folder whose config, processor and tokenizer files go with the weights (default: the source's own).
         max_shard_bytes: largest safetensors file (a larger tensor gets a file of its own).
         verify: read the result again with its format's reader, and compare every tensor's SHA-256 with the source's.
@@ -62,20 +64,31 @@ def convert(
     out = Path(out)
     _check(to, world_size, dtype, max_shard_bytes, Path(source), out)
     opened = open_source(source)
-    if merge_into is not None:
-        if opened.format != "adapter":
-            raise ConfigError(
-                f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}); name the adapter first"
-            )
-        from digrap_scale.checkpoint.merge import merge_adapter  # brings PEFT along
-
-        opened = merge_adapter(open_source(merge_into), opened)
-    if opened.format == "safetensors" and to in _BY_MODULE:
-        opened = _module_names(opened)
     if companions is not None:
         if not Path(companions).is_dir():
             raise ConfigError(f"--companions {companions}: expected a folder with config and processor files")
-        opened = replace(opened, companions=Path(companions))
+        own, opened = opened.companions, replace(opened, companions=Path(companions))
+    else:
+        own = opened.companions
+    if merge_into == OWN_BASE:
+        if opened.format == "adapter":
+            raise ConfigError(f"--merge-adapter: {source} holds an adapter alone; name its base: --merge-adapter BASE")
+        from digrap_scale.checkpoint.merge import CONFIG, merge_own
+
+        with_config = own if own is not None and (own / CONFIG).is_file() else opened.companions
+        opened = merge_own(opened, with_config)
+    elif merge_into is not None:
+        if opened.format != "adapter":
+            raise ConfigError(
+                f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}); name the adapter first, or give no "
+                "BASE if the source holds both"
+            )
+        from digrap_scale.checkpoint.merge import merge_adapter  # brings PEFT along
+
+        base = open_source(merge_into)
+        opened = merge_adapter(base if companions is None else replace(base, companions=Path(companions)), opened)
+    if opened.format == "safetensors" and to in _BY_MODULE:
+        opened = _module_names(opened)
     opened = _cast(opened, torch.float32 if to == "zero" else None if dtype is None else DTYPES[dtype])
     with atomic_folder(out, overwrite=overwrite) as folder:
         with _bar(f"to {to}", opened.nbytes, show_progress) as advance:

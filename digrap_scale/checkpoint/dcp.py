@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,13 +147,35 @@ class PartsLoadPlanner(LoadPlanner):
         """Written in place."""
 
 
+class PartsWriter(dcp.FileSystemWriter):
+    """``FileSystemWriter`` into a new folder, whose error on a full disk is the system's.
+
+    torch.save ends its archive while the OSError of a write passes, which fails too, with a RuntimeError about positions;
+    and what DCP sends to the other ranks is that one alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, overwrite=False)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            below: BaseException | None = error
+            while below is not None:
+                if isinstance(below, OSError):
+                    raise below from error
+                below = below.__context__
+            raise
+
+
 def write_parts(folder: Path, parts: Sequence[TensorPart], group: dist.ProcessGroup | None) -> None:
     """Every rank's parts (already its own shares: see ``TensorPart.own``) into ``folder``. Collective over ``group``."""
     held = [part for part in parts if part.stop > part.start]
     with _unwrapped():
         dcp.save(
             {part.key: part.tensor for part in held},
-            storage_writer=dcp.FileSystemWriter(folder, overwrite=False),
+            storage_writer=PartsWriter(folder),
             planner=PartsSavePlanner(held),
             process_group=group,
             no_dist=group is None,
@@ -166,7 +189,7 @@ def write_parts_later(folder: Path, parts: Sequence[TensorPart], group: dist.Pro
     with _unwrapped():
         future: Any = dcp.async_save(
             {part.key: part.tensor for part in held},
-            storage_writer=dcp.FileSystemWriter(folder, overwrite=False),
+            storage_writer=PartsWriter(folder),
             planner=PartsSavePlanner(held),
             process_group=group,
             no_dist=group is None,
@@ -202,13 +225,21 @@ def read_parts(folder: Path, parts: Sequence[TensorPart]) -> None:
             )
     if not held:
         return
-    with _unwrapped(), torch.no_grad():
-        dcp.load(
-            {part.key: part.tensor for part in held},
-            storage_reader=SafeReader(folder),
-            planner=PartsLoadPlanner(held),
-            no_dist=True,
-        )
+    try:
+        with _unwrapped(), torch.no_grad():
+            dcp.load(
+                {part.key: part.tensor for part in held},
+                storage_reader=SafeReader(folder),
+                planner=PartsLoadPlanner(held),
+                no_dist=True,
+            )
+    except RankFailed as failed:
+        if isinstance(failed.error, CheckpointError):
+            raise failed.error from failed
+        refused = isinstance(failed.error, pickle.UnpicklingError)  # weights_only found what is no tensor
+        what = "refused, nothing of it was run" if refused else "cannot be read"
+        line = str(failed.error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: {what}: {type(failed.error).__name__}: {line}") from failed
 
 
 @contextmanager

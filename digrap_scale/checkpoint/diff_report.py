@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,8 +49,10 @@ def draw(path: Path, drifts: Mapping[str, Drift], title: str) -> None:
     figure = Figure(figsize=(8, max(2.0, 0.22 * len(drifts) + 1)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.barh(range(len(drifts)), [drift.relative for drift in drifts.values()])
-    axes.set_yticks(range(len(drifts)), list(drifts), fontsize=7)
+    lengths = [drift.relative if math.isfinite(drift.relative) else 0.0 for drift in drifts.values()]
+    names = [name if math.isfinite(drift.relative) else f"{name} (A is 0)" for name, drift in drifts.items()]
+    axes.barh(range(len(drifts)), lengths)
+    axes.set_yticks(range(len(drifts)), names, fontsize=7)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("‖A − B‖ / ‖A‖")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key  # not exported higher up; pinned by the tests of patterns
 
-from digrap_scale.checkpoint.formats.adapter import CONFIG
+from digrap_scale.checkpoint.formats.adapter import CONFIG as CONFIG
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.errors import CheckpointError
 from digrap_scale.file_names import names_by_config
@@ -65,7 +65,42 @@ def merge_adapter(base: Source, adapter: Source) -> Source:
     Raises:
         CheckpointError: another kind of adapter, or one whose modules the base does not have.
     """
-    config = _config(adapter.path / CONFIG)
+    names, tied = names_by_config(base.companions or base.path, base.tensors)
+    return _merge(base, adapter, _config(adapter.path / CONFIG), names, tied)
+
+
+def merge_own(source: Source, config_folder: Path | None) -> Source:
+    """A checkpoint of a PEFT model in training, which holds base and adapter under their names there, as the merged model.
+
+    Args:
+        source: the checkpoint.
+        config_folder: where its adapter_config.json is.
+
+    Raises:
+        CheckpointError: it holds no adapter named "default", or there is no adapter_config.json.
+    """
+    if config_folder is None:
+        raise CheckpointError(f"{source.path}: no {CONFIG} goes with it; name its folder by --companions")
+    config = _config(config_folder / CONFIG)
+    base: dict[str, LazyTensor] = {}
+    trained: dict[str, LazyTensor] = {}
+    for name, tensor in source.tensors.items():
+        own = name.removeprefix(_PREFIX)
+        if "lora_" in own or ".modules_to_save." in own:
+            trained[re.sub(r"\.default(?=\.|$)", "", own)] = tensor
+        else:
+            own = own.replace(".base_layer.", ".").replace(".original_module.", ".")
+            base[own] = replace(tensor, name=own)
+    if not trained or not all(".default." in f"{tensor.name}." for tensor in trained.values()):
+        raise CheckpointError(f"{source.path}: expected the weights of an adapter named default beside its base's")
+    aliases = {alias.removeprefix(_PREFIX): name.removeprefix(_PREFIX) for alias, name in source.aliases.items()}
+    own_base = replace(source, tensors=base, aliases=aliases, left_out=(CONFIG,))
+    return _merge(own_base, replace(source, tensors=trained), config, {name: name for name in base}, aliases)
+
+
+def _merge(
+    base: Source, adapter: Source, config: Mapping[str, Any], file_names: Mapping[str, str], tied: Mapping[str, str]
+) -> Source:
     parts: dict[str, dict[str, LazyTensor]] = {}
     replaced: dict[str, LazyTensor] = {}
     for name, tensor in adapter.tensors.items():
@@ -79,7 +114,6 @@ def merge_adapter(base: Source, adapter: Source) -> Source:
             )
         else:  # trained in full beside the adapters: modules_to_save, biases
             replaced[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
-    file_names, tied = names_by_config(base.companions or base.path, base.tensors)
     tensors = dict(base.tensors)
     for own, tensor in replaced.items():
         name = file_names.get(own, own)
@@ -171,13 +205,13 @@ def _merged(weight: LazyTensor, lora: _Lora, adapter: Source) -> LazyTensor:
         first, last = start // columns, -(-stop // columns)
         rows = weight.read(first * columns, last * columns).view(-1, columns)
         a, b = whole()
-        delta = a[:, first:last].T @ b.T if lora.transposed else b[first:last] @ a
+        delta = (b @ a[:, first:last]).T if lora.transposed else b[first:last] @ a
         sums = rows.to(delta.dtype) + delta.mul_(lora.scale)
         if lora.magnitude is not None:
             # Liu et al. 2024, arXiv 2402.09353: m · (W + sBA) / ‖W + sBA‖ by output row.
             sizes = lora.magnitude.read(0, lora.magnitude.numel)[first:last].to(sums.dtype)
             sums *= (sizes / sums.norm(dim=1)).unsqueeze(1)
-        return sums.to(weight.dtype).view(-1)[start - first * columns : stop - first * columns]
+        return sums.to(weight.dtype).reshape(-1)[start - first * columns : stop - first * columns]
 
     return replace(weight, read=read)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,15 @@ from typing import Any, Protocol
 from digrap_scale.errors import PeerError
 
 _LONGEST_PERIOD_S = 5.0
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class StopRequest:
-    """SIGTERM (a scheduler that takes the node away, a launcher that gives up) as a flag to be looked at between steps.
+    """SIGTERM: a scheduler that takes the node away, or a launcher that gives up.
+
+    While steps are taken (``deferred``) it is a flag, to be looked at between two of them, and it stays one when they end
+    by an error: who is about to say what happened is not cut short. At other times the process leaves, through the run's
+    log, so that its status says so.
 
     Attributes:
         wanted: whether this process was asked to stop.
@@ -25,10 +31,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.wanted = False
+        self._deferred = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block runs, SIGTERM only sets the flag. Outside the main thread nothing is changed."""
+        """SIGTERM comes here while the block runs. Outside the main thread nothing is changed."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -38,8 +45,19 @@ class StopRequest:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Steps are taken while the block runs."""
+        self._deferred = True
+        yield
+        self._deferred = False
+        if self.wanted:
+            sys.exit(_EXIT_TERMINATED)
+
     def _note(self, *_: object) -> None:
         self.wanted = True
+        if not self._deferred:
+            sys.exit(_EXIT_TERMINATED)
 
 
 class Store(Protocol):
@@ -71,6 +89,9 @@ class Nobody:
     def close(self) -> None:
         """Nothing to leave."""
 
+    def stay(self) -> None:
+        """Nothing ends this process."""
+
 
 class Watch(Nobody):
     """Heartbeats: a thread of every rank tells the others that it lives, in which step it is, and what it does.
@@ -94,6 +115,7 @@ class Watch(Nobody):
         self._seen: dict[int, _Seen] = {}
         self._store_lost_since: float | None = None
         self._stop = threading.Event()
+        self._last_resort: threading.Timer | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -104,11 +126,28 @@ class Watch(Nobody):
     def close(self) -> None:
         """This rank leaves, as it should."""
         self._stop.set()
+        if self._store_lost_since is not None:
+            return
         with suppress(RuntimeError):  # rank 0, which holds the store, has left before: nobody looks any more
             self._store.set(f"beat/{self._rank}", "left")
 
     def diagnosis(self) -> str:
-        """Which rank is silent or behind, in which step, and what this one waited for. Takes up to three periods."""
+        """Which rank is silent or behind, in which step, and what this one waited for. Takes up to four periods.
+
+        The process is about to leave: if something keeps it (groups that wait for what will not come), a timer does it.
+        """
+        line = self._find_out()
+        self._last_resort = threading.Timer(max(5.0, 0.2 * self._timeout_s), self._leave, [line])
+        self._last_resort.daemon = True
+        self._last_resort.start()
+        return line
+
+    def stay(self) -> None:
+        """The process got out by itself; it goes on after an error that its caller has seen."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+
+    def _find_out(self) -> str:
         step, doing, _ = self._place
         waited = f"rank {self._rank} waited for it in step {step}, {doing}"
         silent: list[int] = []
@@ -131,10 +170,13 @@ class Watch(Nobody):
             if not silent or self._stop.is_set():
                 continue
             line = f"{self._names(silent)}; rank {self._rank} waited for it in step {self._place[0]}, {self._place[1]}"
-            print(f"rank {self._rank}: {line} (exit {PeerError.exit_code})", flush=True)
             if self._rank == min(set(range(self._size)) - set(silent)):
                 self._give_up(line)
-            os._exit(PeerError.exit_code)  # the main thread hangs in a collective: nothing else ends it
+            self._leave(line)  # the main thread hangs in a collective: nothing else ends it
+
+    def _leave(self, line: str) -> None:
+        print(f"rank {self._rank}: {line} (exit {PeerError.exit_code})", file=sys.stderr, flush=True)
+        os._exit(PeerError.exit_code)
 
     def _exchange(self) -> None:
         step, doing, since = self._place

@@ -92,19 +92,19 @@ def keeping(
     here: Place,
     log: RunLog,
     watch: Nobody,
+    stop: StopRequest,
     total_steps: int,
 ) -> Iterator[Keeper]:
-    """A ``Keeper`` for the steps of the block; SIGTERM is a request meanwhile, and what is being saved comes to its end.
+    """A ``Keeper`` for the steps of the block; what is being saved comes to its end.
 
     Raises:
         SaveError: the last save could not be written.
     """
     timeout_s = collective_timeout_s(config)
     saver = Saver(Path(config.run.folder), config.checkpoint, Ranks.of_job(timeout_s), log.message)
-    stop = StopRequest()
     state = RunState(run, projector, config, here, total_steps)
     try:
-        with stop.listening():
+        with stop.deferred():
             yield Keeper(state, saver, config.checkpoint, stop, Ranks.of_job(timeout_s), total_steps, batches, watch)
             saver.wait()
     finally:

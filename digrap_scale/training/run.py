@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from digrap_scale.checkpoint.ranks import Ranks
@@ -23,7 +23,7 @@ from digrap_scale.training.batches import (
 )
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run
-from digrap_scale.training.faults import Nobody, Watch
+from digrap_scale.training.faults import Nobody, StopRequest, Watch
 from digrap_scale.training.final import save_final
 from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
@@ -38,11 +38,12 @@ def train(config: Config) -> None:
     Raises:
         ConfigError, CheckpointError, SaveError, PeerError, NonFiniteError: see each; the message is for the user.
     """
-    with place(config) as here:
-        _train(config, here)
+    stop, watches = StopRequest(), ExitStack()
+    with stop.listening(), watches, place(config) as here:
+        _train(config, here, stop, watches)
 
 
-def _train(config: Config, here: Place) -> None:
+def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -> None:
     folder = Path(config.run.folder)
     ranks = Ranks.of_job(collective_timeout_s(config))
     start = ranks.on_first(lambda: prepare_folder(folder, config))
@@ -61,7 +62,7 @@ def _train(config: Config, here: Place) -> None:
             strength_every_steps=config.logging.strength_every_steps,
             start_step=start_step,
         ) as log,
-        watching(config, here, log) as watch,
+        watching(config, here, log, watches) as watch,
         peer_errors(watch.diagnosis),
     ):
         for line in start.notes:
@@ -74,7 +75,7 @@ def _train(config: Config, here: Place) -> None:
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
         batches = training_loader(data, train_task, config, here, run.engine)
-        with keeping(run, projector, batches, config, here, log, watch, total_steps) as keeper:
+        with keeping(run, projector, batches, config, here, log, watch, stop, total_steps) as keeper:
             if checkpoint is not None:
                 keeper.load(checkpoint, log.message)
                 log.message(f"resumed from {checkpoint.folder.name}")
@@ -89,13 +90,14 @@ def _train(config: Config, here: Place) -> None:
 
 
 @contextmanager
-def watching(config: Config, here: Place, log: RunLog) -> Iterator[Nobody]:
-    """The heartbeats of the job's ranks, while the block runs. Collective."""
+def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) -> Iterator[Nobody]:
+    """The heartbeats of the job's ranks, while the block runs; ``at_the_end`` is left when the process group is. Collective."""
     if here.world_size == 1:
         yield Nobody()
         return
     timeout_s = config.sharding.reduce_timeout_s
     watch = Watch(shared_store(here), here.rank, here.world_size, timeout_s, log.given_up)
+    at_the_end.callback(watch.stay)
     try:
         yield watch
     finally:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.convert import convert
 from digrap_scale.checkpoint.formats import WRITERS, open_source, zero_writer
 from digrap_scale.checkpoint.formats.base import Box, Files, boxed
@@ -166,6 +167,31 @@ def test_merged_adapter_is_peft_s(tmp_path: Path, kind: str, targets: list[str],
     assert torch.equal(found, outputs(adapted.merge_and_unload(), kind))
 
 
+def test_training_checkpoint_with_its_adapter_is_merged(tmp_path: Path) -> None:
+    """Base and adapter in one checkpoint, under PEFT's names, as a run or a DeepSpeed engine saves them."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_vlm("clip")
+    options = {"target_modules": ["q_proj", "position_embedding"], "modules_to_save": ["text_projection"]}
+    adapted = get_peft_model(model, LoraConfig(r=4, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    adapted.save_pretrained(tmp_path / "adapter")
+    dcp.save({"model": adapted.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(CheckpointError, match="adapter_config.json"):
+        convert(tmp_path / "dcp", tmp_path / "out", "safetensors", merge_into="")
+    arguments = ["convert", str(tmp_path / "dcp"), str(tmp_path / "out"), "--to", "safetensors", "--merge-adapter"]
+    assert main([*arguments, "--companions", str(tmp_path / "adapter")]) == 0
+    assert_same(contents(tmp_path / "out"), dict(adapted.merge_and_unload().state_dict()))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()  # else transformers takes it for an adapter
+    with pytest.raises(CheckpointError, match="adapter named default"):
+        convert(
+            save(tmp_path / "hf", some_state()), tmp_path / "x", "dcp", merge_into="", companions=tmp_path / "adapter"
+        )
+
+
 def test_adapter_stays_an_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -268,6 +294,7 @@ def test_damaged_inputs(
         ({"to": "safetensors", "world_size": 2}, "does not apply to safetensors"),
         ({"to": "safetensors", "dtype": "int8"}, "--dtype int8"),
         ({"to": "safetensors", "merge_into": "x"}, "is no PEFT adapter"),
+        ({"to": "safetensors", "companions": "nowhere"}, "expected a folder with config"),
         ({"to": "safetensors", "out": "hf"}, "would take the place of the source"),
     ],
 )
@@ -297,8 +324,6 @@ def test_verification_finds_a_wrong_bit(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_our_own_checkpoints(tmp_path: Path) -> None:
     """The layout of docs/checkpoints.md, made by hand."""
-    import hashlib
-
     state = {"w": torch.randn(3, 2), "frozen": torch.randn(2).bfloat16(), "buffer": torch.arange(2)}
     folder = tmp_path / "step-40"
     dcp.save(
@@ -308,20 +333,21 @@ def test_our_own_checkpoints(tmp_path: Path) -> None:
     )
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
-    facts = {"trained": ["w"], "frozen": ["frozen"], "buffers": ["buffer"], "tied": {"head": "w"}}
+    facts = {"step": 40, "trained": ["w"], "frozen": ["frozen"], "buffers": ["buffer"], "tied": {"head": "w"}}
     (folder / "state.json").write_text(json.dumps(facts))
-    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size} for p in folder.rglob("*") if p.is_file()}
-    sums = json.dumps({"files": files})
+    sums = layout.encode({"files": {name: layout.checksum(folder / name) for name in layout.files_of(folder)}})
     (folder / "checksums.json").write_text(sums)
-    with pytest.raises(CheckpointError, match="step-40 is incomplete"):
+    with pytest.raises(CheckpointError, match="step-40: incomplete"):
         convert(folder, tmp_path / "out", "safetensors")
-    mark = {"format": 1, "step": 40, "checksums_sha256": hashlib.sha256(sums.encode()).hexdigest()}
-    (folder / "COMMITTED").write_text(json.dumps(mark))
+    (folder / "COMMITTED").write_text(layout.committed_mark(40, sums))
     path = convert(folder, tmp_path / "out", "safetensors", verify=True)
     assert_same(contents(path), state)
     assert (path / "config.json").is_file() and open_source(folder).aliases == {"head": "w"}
-    (folder / "state.json").write_text(json.dumps(facts) + " ")
-    with pytest.raises(CheckpointError, match=r"state\.json: expected \d+ bytes, found"):
+    data = next((folder / "dcp").glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"distcp: its SHA-256 differs"):
         convert(folder, tmp_path / "out2", "safetensors")
 
 

@@ -3,13 +3,15 @@
 ``FAULT`` (JSON): {"rank": 1, "step": 3, "at": "forward and backward" | "optimizer step" | "data" | a phase of a save,
 "do": a signal's name}. Phases: "state" (the first file is there), "tensors", "generators", "checksums", "commit", "mark"
 (between COMMITTED and what follows), "removal" (of an older checkpoint). It strikes once: ``once`` names a file that is
-made when it does.
+made when it does. ``CHAOS`` (JSON): {"kills": 50, "seed": 0}: under ``torchrun --max-restarts``, a fault that is drawn anew
+for each of the first so many starts, SIGKILL on some rank, one to four steps after where it began.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -21,16 +23,30 @@ from digrap_scale.checkpoint import layout, save
 from digrap_scale.cli import main
 from digrap_scale.training.faults import Nobody, Watch
 
+PLACES = (
+    "data",
+    "forward and backward",
+    "optimizer step",
+    "state",
+    "tensors",
+    "generators",
+    "checksums",
+    "commit",
+    "mark",
+)
+
 
 class Fault:
-    """What strikes, and when."""
+    """What strikes, and when: in ``step``, or as soon as it can from so many steps ``after`` the first of this start."""
 
     def __init__(self, fault: dict[str, Any]) -> None:
-        self.fault, self.step = fault, 0
+        self.fault, self.step, self.first = fault, 0, 0
 
     def strike(self, at: str) -> None:
         fault = self.fault
-        if int(os.environ.get("RANK", "0")) != fault["rank"] or at != fault["at"] or self.step != fault["step"]:
+        self.first = self.first or self.step
+        now = self.step == fault["step"] if "step" in fault else self.first and self.step >= self.first + fault["after"]
+        if int(os.environ.get("RANK", "0")) != fault["rank"] or at != fault["at"] or not now:
             return
         if "once" in fault:
             if Path(fault["once"]).exists():
@@ -66,7 +82,8 @@ def install(fault: Fault) -> None:
     around(Watch, "at", after=at)
     around(Nobody, "at", after=at)
     around(save, "write_file", after=lambda path, _: fault.strike("state") if path.name == layout.STATE else None)
-    around(save, "write_parts", before=lambda *_: fault.strike("tensors"))
+    for writer in ("write_parts", "write_parts_later"):
+        around(save, writer, before=lambda *_: fault.strike("tensors"))
     around(save, "save_file", before=lambda _, path: fault.strike("generators") if path.parent.name == "rng" else None)
     around(layout, "checksum", before=lambda *_: fault.strike("checksums"))
     around(layout, "committed_mark", before=lambda *_: fault.strike("commit"))
@@ -74,7 +91,24 @@ def install(fault: Fault) -> None:
     around(shutil, "rmtree", before=lambda *_: fault.strike("removal"))
 
 
+def drawn(chaos: dict[str, Any]) -> dict[str, Any] | None:
+    """The fault of this start."""
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start >= chaos["kills"]:
+        return None
+    draw = random.Random(f"{chaos['seed']}/{start}")
+    return {
+        "rank": draw.randrange(int(os.environ["WORLD_SIZE"])),
+        "after": draw.randint(1, 4),
+        "at": draw.choice(PLACES),
+        "do": "SIGKILL",
+    }
+
+
 if __name__ == "__main__":
-    if "FAULT" in os.environ:
-        install(Fault(json.loads(os.environ["FAULT"])))
+    fault = json.loads(os.environ["FAULT"]) if "FAULT" in os.environ else None
+    if "CHAOS" in os.environ:
+        fault = drawn(json.loads(os.environ["CHAOS"]))
+    if fault is not None:
+        install(Fault(fault))
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from digrap_scale.checkpoint.dcp import read_parts, stored_shapes
 from digrap_scale.config import parse_config
 from digrap_scale.training import loop, run
+from digrap_scale.training.faults import StopRequest
 from digrap_scale.training.setup import Place
 from digrap_scale.types import Batch, TensorPart
 
@@ -54,7 +56,10 @@ def run_here(values: dict[str, Any]) -> list[list[str]]:
 
     loop.prepared = noted
     try:
-        run._train(parse_config(yaml.safe_dump(values)), Place(rank, size, torch.device("cpu")))
+        with ExitStack() as watches:
+            run._train(
+                parse_config(yaml.safe_dump(values)), Place(rank, size, torch.device("cpu")), StopRequest(), watches
+            )
     finally:
         loop.prepared = original
     return keys

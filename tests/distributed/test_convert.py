@@ -51,6 +51,25 @@ def test_deepspeed_checkpoints(saved: tuple[Path, dict[str, Weights]], tmp_path:
     assert_same(load_file(tmp_path / "st" / "model.safetensors"), expected[case])
 
 
+@pytest.mark.parametrize("case", ["zero2-float32", "zero3-bfloat16"])
+def test_universal_checkpoints(saved: tuple[Path, dict[str, Weights]], tmp_path: Path, case: str) -> None:
+    """As DeepSpeed's own ds_to_universal makes them, frozen weights and buffers included."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    folder, expected = saved
+    (tmp_path / "out").mkdir()
+    options = ["--input_folder", str(folder / case / TAG), "--output_folder", str(tmp_path / "out" / TAG)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["ds_to_universal", *options, *workers])
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+    (tmp_path / "out" / "latest_universal").write_text(TAG)
+    found = contents(tmp_path / "out")
+    assert open_source(tmp_path / "out").format == "universal"
+    assert set(found) == {*expected[case], "head.weight"}
+    assert_same(found, expected[case])
+
+
 def test_dcp_of_fsdp2(saved: tuple[Path, dict[str, Weights]], tmp_path: Path) -> None:
     folder, expected = saved
     assert_same(contents(folder / "dcp"), expected["dcp"])

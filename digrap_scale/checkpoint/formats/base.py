@@ -86,6 +86,7 @@ class Source:
         tensors: name → tensor, in the checkpoint's order.
         aliases: further names of tensors that are stored once (tied weights) → the name that is stored.
         companions: a folder whose small files (config, processor, tokenizer) belong to the weights, or None.
+        left_out: names of companions that do not go with these weights (the adapter's config, once it is merged).
         metadata: facts for the writer of the same format.
     """
 
@@ -94,6 +95,7 @@ class Source:
     tensors: dict[str, LazyTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     companions: Path | None = None
+    left_out: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property

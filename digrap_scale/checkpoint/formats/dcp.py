@@ -177,8 +177,7 @@ def write(source: Source, folder: Path, options: WriteOptions) -> None:
     (``torch.save`` of a chunk, plan, ``.metadata``), and the data stream in between. A tied weight is there under each of its
     names, as in ``model.state_dict()``.
     """
-    if source.companions is not None:
-        copy_companions(source.companions, folder)
+    copy_companions(source.companions, folder, source.left_out)
     tensors = dict(source.tensors)
     tensors.update({alias: source.tensors[name] for alias, name in source.aliases.items() if name in tensors})
     ranks = options.world_size or 1

@@ -44,8 +44,7 @@ def write(source: Source, folder: Path, options: WriteOptions) -> None:
     Raises:
         SaveError: a file cannot be written.
     """
-    if source.companions is not None:
-        copy_companions(source.companions, folder)
+    copy_companions(source.companions, folder, source.left_out)
     stem = source.metadata.get("stem", STEM)
     # PEFT reads an adapter from one file only.
     shards = plan_shards(source.tensors, options.max_shard_bytes if stem == STEM else source.nbytes, stem)
@@ -97,11 +96,13 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int, stem: s
     return {f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path | None, folder: Path, left_out: Sequence[str] = ()) -> None:
     """Config, tokenizer and processor files: everything at the top of ``source`` but weights of any format."""
+    if source is None:
+        return
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in _WEIGHTS or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
-        if path.is_file() and not is_weight and not path.name.startswith("."):
+        if path.is_file() and not is_weight and not path.name.startswith(".") and path.name not in left_out:
             shutil.copyfile(path, folder / path.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():

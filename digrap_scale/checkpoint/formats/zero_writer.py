@@ -42,8 +42,7 @@ class _Place:
 
 def write(source: Source, folder: Path, options: WriteOptions) -> None:
     """Floating-point tensors (float32) become parameters, all others buffers. Raises: SaveError."""
-    if source.companions is not None:
-        copy_companions(source.companions, folder)
+    copy_companions(source.companions, folder, source.left_out)
     ranks = options.world_size
     assert ranks is not None
     (folder / "latest").write_text(TAG)

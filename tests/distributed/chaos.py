@@ -1,0 +1,85 @@
+"""One run that is killed again and again, and one that is not: the same bits at the end.
+
+    python -m tests.distributed.chaos --kills 50 [--ranks 2] [--backend fsdp2] [--folder /tmp/chaos]
+
+``make chaos`` does this. Every kill is SIGKILL on a random rank at a random place of a step or of a save; torchrun starts
+the processes again (``--max-restarts``), and they go on from the last good checkpoint. Prints a line a start, then the
+verdict; exit status 1 if a bit differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from digrap_scale.checkpoint.layout import step_folder
+from tests.distributed.resume_runs import tensors_of, values_of
+from tests.models.tiny import save_vit
+
+
+def launch(file: Path, ranks: int, kills: int, seed: int, output: Path) -> int:
+    """A whole job under torchrun, with so many kills; returns how often processes were started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [
+        "--max-restarts",
+        str(kills + 1),
+        "--monitor-interval",
+        "0.5",
+        "-m",
+        "tests.distributed.faulty",
+        "train",
+    ]
+    environment = {**os.environ, "CHAOS": json.dumps({"kills": kills, "seed": seed})}
+    with output.open("w") as out:
+        done = subprocess.run([*command, str(file)], stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"the job failed: see {output}")
+    return len(re.findall(r"^method digrap", output.read_text(), flags=re.MULTILINE))
+
+
+def chaos(kills: int, ranks: int, backend: str, folder: Path, seed: int = 0) -> list[str]:
+    """The tensors that differ between the two runs at their last step."""
+    model = save_vit(folder / "vit", classes=16)
+    steps = max(8, 2 * (kills + 2))
+    every = {"every_steps": 2, "keep_last": 2}
+    for name, count in (("disturbed", kills), ("undisturbed", 0)):
+        training = {"steps": steps}
+        values = values_of(model, folder / name, backend, training=training, checkpoint=every)
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        starts = launch(file, ranks, count, seed, folder / f"{name}.log")
+        print(f"{name}: {steps} steps, {count} kills drawn, rank 0 began to train {starts} times", flush=True)
+    for line in (folder / "disturbed" / "messages.log").read_text().splitlines():
+        if "incomplete" in line or "resumed" in line:
+            print(line)
+    ours, theirs = (tensors_of(step_folder(folder / name, steps)) for name in ("disturbed", "undisturbed"))
+    assert set(ours) == set(theirs)
+    return [key for key in ours if not torch.equal(ours[key], theirs[key])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="kill a run again and again; compare it with one that was left alone")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--backend", default="fsdp2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    differing = chaos(options.kills, options.ranks, options.backend, folder, options.seed)
+    print(f"{len(differing)} tensors differ" if differing else "equal in every bit: weights, moments, ω's inputs")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
