@@ -2,9 +2,10 @@
 
 ``FAULT`` (JSON): {"rank": 1, "step": 3, "at": "forward and backward" | "optimizer step" | "data" | a phase of a save,
 "do": a signal's name}. Phases: "state" (the first file is there), "tensors", "generators", "checksums", "commit", "mark"
-(between COMMITTED and what follows), "removal" (of an older checkpoint). It strikes once: ``once`` names a file that is
-made when it does. ``CHAOS`` (JSON): {"kills": 50, "seed": 0, "noted": a file}: under ``torchrun --max-restarts``, a fault that is drawn anew
-for each of the first so many starts, SIGKILL on some rank, one to four steps after where it began.
+(between COMMITTED and what follows), "removal" (of an older checkpoint). With "once", a file's name, it strikes once.
+
+``CHAOS`` (JSON): {"kills": 50, "seed": 0, "noted": a file}: under ``torchrun --max-restarts``, a fault that is drawn anew
+for each of the first so many starts: SIGKILL on some rank, one to four steps after where it began.
 """
 
 from __future__ import annotations
