@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?=
+CHAOS ?= --kills 50
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all chaos lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +22,9 @@ test: $(VENV)/installed  ## all tests but the slow ones
 
 test-all: $(VENV)/installed  ## the slow ones, too
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/installed  ## a run that is killed fifty times equals one that is not, in every bit (CHAOS='--kills 10' …)
+	$(BIN)/python -m tests.distributed.chaos $(CHAOS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

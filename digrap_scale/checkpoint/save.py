@@ -67,7 +67,6 @@ class Saver:
         self._run_folder, self._settings, self._ranks, self._message = run_folder, settings, ranks, message
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self.last_step: int | None = None
 
     def save(self, contents: Contents, *, wait: bool = False) -> None:
         """Write a checkpoint; with ``checkpoint.asynchronous`` (and not ``wait``) return when all that changes is copied.
@@ -89,7 +88,6 @@ class Saver:
                 self._complete(
                     folder, contents, lambda: write_parts(folder / layout.DCP, contents.parts, self._ranks.group)
                 )
-        self.last_step = contents.step
 
     @property
     def failed(self) -> bool:
@@ -103,9 +101,9 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        """Let go of the thread; what it still writes comes to its end."""
-        self._thread.shutdown(wait=True)
+    def close(self, wait: bool = True) -> None:
+        """Let go of the thread; what it still writes comes to its end, awaited here or not."""
+        self._thread.shutdown(wait=wait)
 
     def _begun(self, folder: Path, contents: Contents) -> bool:
         """Whether there is something to write: a checkpoint of this step may be there already."""

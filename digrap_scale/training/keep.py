@@ -12,7 +12,7 @@ from digrap_scale.checkpoint.save import Saver
 from digrap_scale.config import Config
 from digrap_scale.config.schema import CheckpointConfig
 from digrap_scale.data.loader import TrainingLoader
-from digrap_scale.errors import Preempted
+from digrap_scale.errors import PeerError, Preempted
 from digrap_scale.projector import Projector
 from digrap_scale.training.build_run import BuiltRun
 from digrap_scale.training.faults import Nobody, StopRequest
@@ -80,7 +80,6 @@ class Keeper:
         """Go on from a checkpoint. Collective. Raises: CheckpointError."""
         self._state.load(checkpoint, self._ranks, message)
         self._ranks.together(lambda: self._batches.load_state_dict(checkpoint.state["data"]))
-        self._saver.last_step = checkpoint.step
 
 
 @contextmanager
@@ -107,5 +106,8 @@ def keeping(
         with stop.deferred():
             yield Keeper(state, saver, config.checkpoint, stop, Ranks.of_job(timeout_s), total_steps, batches, watch)
             saver.wait()
-    finally:
-        saver.close()
+    except BaseException as error:
+        # A save that waits for a rank that is gone is not waited for.
+        saver.close(wait=not isinstance(error, (RuntimeError, PeerError)))
+        raise
+    saver.close()

@@ -91,7 +91,7 @@ def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) ->
     own = start.checkpoint is not None and _is_inside(start.checkpoint, layout.checkpoints_folder(folder))
     if config.checkpoint.resume != AUTO:
         return own
-    if (read_status(folder) or {"state": "done"})["state"] == "done":
+    if (read_status(folder) or {"state": "running"})["state"] == "done":
         return False
     if own and start.checkpoint is not None:
         changed = _changed(start.checkpoint / layout.CONFIG, config)
@@ -103,7 +103,7 @@ def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) ->
                 f"{start.checkpoint} to go on with the change, or another folder"
             )
         return True
-    # Killed before its first checkpoint: the same run starts over. Another one must not wipe it out.
+    # Killed before its first checkpoint (or its first status): the same run starts over. Another one must not wipe it out.
     return config.checkpoint.every_steps is not None and _changed(folder / "config.yaml", config) == []
 
 

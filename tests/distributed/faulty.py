@@ -2,9 +2,10 @@
 
 ``FAULT`` (JSON): {"rank": 1, "step": 3, "at": "forward and backward" | "optimizer step" | "data" | a phase of a save,
 "do": a signal's name}. Phases: "state" (the first file is there), "tensors", "generators", "checksums", "commit", "mark"
-(between COMMITTED and what follows), "removal" (of an older checkpoint). It strikes once: ``once`` names a file that is
-made when it does. ``CHAOS`` (JSON): {"kills": 50, "seed": 0}: under ``torchrun --max-restarts``, a fault that is drawn anew
-for each of the first so many starts, SIGKILL on some rank, one to four steps after where it began.
+(between COMMITTED and what follows), "removal" (of an older checkpoint). With "once", a file's name, it strikes once.
+
+``CHAOS`` (JSON): {"kills": 50, "seed": 0, "noted": a file}: under ``torchrun --max-restarts``, a fault that is drawn anew
+for each of the first so many starts: SIGKILL on some rank, one to four steps after where it began.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ PLACES = (
     "commit",
     "mark",
 )
+OF_RANK_0 = ("state", "commit", "mark")
 
 
 class Fault:
@@ -52,6 +54,9 @@ class Fault:
             if Path(fault["once"]).exists():
                 return
             Path(fault["once"]).touch()
+        if "noted" in fault:
+            with Path(fault["noted"]).open("a") as file:
+                file.write(f"step {self.step}, rank {fault['rank']}, {at}\n")
         os.kill(os.getpid(), getattr(signal, fault["do"]))
 
 
@@ -97,12 +102,9 @@ def drawn(chaos: dict[str, Any]) -> dict[str, Any] | None:
     if start >= chaos["kills"]:
         return None
     draw = random.Random(f"{chaos['seed']}/{start}")
-    return {
-        "rank": draw.randrange(int(os.environ["WORLD_SIZE"])),
-        "after": draw.randint(1, 4),
-        "at": draw.choice(PLACES),
-        "do": "SIGKILL",
-    }
+    at = draw.choice(PLACES)
+    rank = 0 if at in OF_RANK_0 else draw.randrange(int(os.environ["WORLD_SIZE"]))
+    return {"rank": rank, "after": draw.randint(1, 4), "at": at, "do": "SIGKILL", "noted": chaos["noted"]}
 
 
 if __name__ == "__main__":

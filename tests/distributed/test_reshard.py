@@ -62,10 +62,24 @@ def take_up(ranks: int, sources: Path, folder: Path, pairs: list[tuple[str, str]
         check_taken_up(Path(source), folder / name)
 
 
+def test_two_ranks_to_one_process(tmp_path: Path) -> None:
+    """The short form of what follows."""
+    cases = {
+        f"{backend}-digrap_update": (backend, "digrap_update", str(tmp_path / backend))
+        for backend in ("fsdp2", "zero3")
+    }
+    run_ranks(2, tmp_path / "ranks", firsts, cases)
+    for backend in ("fsdp2", "zero3"):
+        second("single", "digrap_update", str(tmp_path / backend), str(tmp_path / f"{backend}-single"))
+        check_taken_up(tmp_path / backend, tmp_path / f"{backend}-single")
+
+
+@pytest.mark.slow
 def test_one_process(sources: Path, tmp_path: Path) -> None:
     take_up(1, sources, tmp_path, [("fsdp2", "single"), ("zero3", "single"), ("zero2", "single")])
 
 
+@pytest.mark.slow
 def test_two_ranks(sources: Path, tmp_path: Path) -> None:
     pairs = [("fsdp2", "fsdp2"), ("zero3", "zero3"), ("fsdp2", "zero3"), ("zero3", "fsdp2"), ("single", "zero3")]
     take_up(2, sources, tmp_path, pairs)

@@ -18,6 +18,7 @@ LORA = {"lora": {"rank": 2, "dropout": 0.2, "target_modules": ["q_proj", "v_proj
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"model": LORA},
+    "bfloat16": {"sharding": {"mixed_precision": "bfloat16"}, "model": {"freeze": ["embeddings"]}},
     "update": {"method": {"name": "digrap_update"}, "data": {"workers": 1}, "checkpoint": {"asynchronous": True}},
 }
 
@@ -52,7 +53,7 @@ def check_same(folder: Path, kind: str, keys: list[dict[str, list[list[str]]]]) 
     assert any(key.startswith("method.previous.") for key in ours) == (kind == "update")
     ours, theirs = (load_file(path / "method.safetensors") for path in (resumed, straight))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items()) and ours.keys() == theirs.keys()
-    assert max(float(value) for key, value in ours.items() if key.startswith("strength/")) > 0.01
+    assert max(float(value) for key, value in ours.items() if key.startswith("strength/")) > 0.005
     for rank, of_rank in enumerate(keys):
         assert of_rank[f"{kind}-resumed"] == of_rank[kind][3:] and of_rank[kind], f"rank {rank}: other samples"
         ours, theirs = (load_file(path / "rng" / f"rank-{rank}.safetensors") for path in (resumed, straight))
@@ -60,22 +61,22 @@ def check_same(folder: Path, kind: str, keys: list[dict[str, list[list[str]]]]) 
     open_checkpoint(resumed)
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
-def test_bit_for_bit(backend: str, model: Path, tmp_path: Path) -> None:
-    kinds = ["full", "lora", "update"]
-    runs = straight_and_resumed(model, tmp_path, backend, kinds)
-    keys = run_ranks(2, tmp_path / "ranks", run_all, runs)
+def check(backend: str, kinds: list[str], model: Path, folder: Path) -> None:
+    runs = straight_and_resumed(model, folder, backend, kinds)
+    keys = run_ranks(2, folder / "ranks", run_all, runs)
     for kind in kinds:
-        check_same(tmp_path, kind, keys)
+        check_same(folder, kind, keys)
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("fsdp2", "lora"), ("zero3", "full")])
+def test_bit_for_bit(backend: str, kind: str, model: Path, tmp_path: Path) -> None:
+    check(backend, [kind], model, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "zero1", "zero2"])
-def test_bit_for_bit_elsewhere(backend: str, model: Path, tmp_path: Path) -> None:
-    runs = straight_and_resumed(model, tmp_path, backend, ["full", "lora"])
-    keys = run_ranks(2, tmp_path / "ranks", run_all, runs)
-    for kind in ("full", "lora"):
-        check_same(tmp_path, kind, keys)
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3", "ddp", "zero1", "zero2"])
+def test_bit_for_bit_whatever_is_trained(backend: str, model: Path, tmp_path: Path) -> None:
+    check(backend, list(KINDS), model, tmp_path)
 
 
 def test_bit_for_bit_in_one_process(model: Path, tmp_path: Path) -> None:

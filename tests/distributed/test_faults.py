@@ -1,0 +1,156 @@
+"""Real jobs under torchrun, struck by signals: how they end, what they say, and that they go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from digrap_scale.checkpoint.layout import step_folder
+from digrap_scale.errors import CheckpointError
+from digrap_scale.training.log import read_status
+from tests.distributed.chaos import chaos
+from tests.distributed.resume_runs import run_here, tensors_of, values_of
+from tests.models.tiny import save_vit
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vit(tmp_path_factory.mktemp("vit"), classes=16)
+
+
+def launch(values: dict[str, Any], folder: Path, fault: dict[str, Any] | None = None, restarts: int = 0) -> str:
+    """A job of two ranks; all that it printed. torchrun's own exit status is 1 for everything that is not 0."""
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.5", "-m", "tests.distributed.faulty", "train"]
+    environment = {**os.environ, **({"FAULT": json.dumps(fault)} if fault is not None else {})}
+    done = subprocess.run(
+        [*command, str(file)], capture_output=True, text=True, env=environment, check=False, timeout=500
+    )
+    return done.stdout + done.stderr
+
+
+def short(model: Path, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    quick = {"checkpoint": {"every_steps": 2}, "sharding": {"reduce_timeout_s": TIMEOUT_S}}
+    return values_of(model, folder / "run", "fsdp2", **{**quick, **sections})
+
+
+def status(folder: Path) -> tuple[str, int, str]:
+    found = read_status(folder / "run")
+    assert found is not None
+    return found["state"], found["exit_code"], found["reason"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    launch(short(model, folder), folder)
+    return tensors_of(step_folder(folder / "run", 6))
+
+
+def check_goes_on(folder: Path, values: dict[str, Any], expected: dict[str, torch.Tensor], line: str) -> None:
+    printed = launch(values, folder)
+    assert status(folder) == ("done", 0, ""), printed
+    assert line in (folder / "run" / "messages.log").read_text()
+    final = tensors_of(step_folder(folder / "run", 6))
+    assert all(torch.equal(final[key], value) for key, value in expected.items()) and final.keys() == expected.keys()
+
+
+def test_sigterm_of_one_rank_stops_all(model: Path, tmp_path: Path) -> None:
+    printed = launch(
+        short(model, tmp_path), tmp_path, {"rank": 1, "step": 3, "at": "forward and backward", "do": "SIGTERM"}
+    )
+    assert status(tmp_path) == ("preempted", 75, "preempted; saved step 3"), printed
+    assert "preempted; saved step 3 (exit 75)" in printed
+    assert step_folder(tmp_path / "run", 3).joinpath("COMMITTED").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "step"), [("optimizer step", 3), ("tensors", 4), ("commit", 4)])
+def test_sigterm_anywhere(
+    at: str, step: int, model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    values = short(model, tmp_path)
+    launch(values, tmp_path, {"rank": 0, "step": step, "at": at, "do": "SIGTERM"})
+    saved = 3 if at == "optimizer step" else 5  # asked to stop while step 4 is saved: the next step's end is the place
+    assert status(tmp_path) == ("preempted", 75, f"preempted; saved step {saved}")
+    check_goes_on(tmp_path, values, undisturbed, f"resumed from step-{saved}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
+def test_a_dead_or_stopped_rank_is_named(
+    signal: str, rank: int, model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    values = short(model, tmp_path)
+    printed = launch(values, tmp_path, {"rank": rank, "step": 3, "at": "forward and backward", "do": signal})
+    state, code, reason = status(tmp_path)
+    assert (state, code) == ("failed", 5), (reason, printed)
+    assert f"rank {rank} is dead or stopped (last seen in step" in reason
+    assert f"rank {1 - rank} waited for it in step 3, " in reason
+    check_goes_on(tmp_path, values, undisturbed, "resumed from step-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at", "line"), [("tensors", "(ranks 0, 1)"), ("generators", "(rank"), ("checksums", "(not committed)")]
+)
+def test_killed_while_saving(
+    at: str, line: str, model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    values = short(model, tmp_path)
+    launch(values, tmp_path, {"rank": 1, "step": 4, "at": at, "do": "SIGKILL"})
+    assert not step_folder(tmp_path / "run", 4).joinpath("COMMITTED").exists()
+    check_goes_on(tmp_path, values, undisturbed, f"step-4 is incomplete {line}")
+    assert "; resuming from step-2" in (tmp_path / "run" / "messages.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 5])
+def test_torchrun_picks_it_up(step: int, model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    """A worker is killed; the agent starts all again (``--max-restarts``). Before the first checkpoint: from the start."""
+    fault = {"rank": 1, "step": step, "at": "optimizer step", "do": "SIGKILL", "once": str(tmp_path / "struck")}
+    printed = launch(short(model, tmp_path), tmp_path, fault, restarts=1)
+    assert (tmp_path / "struck").exists()
+    assert status(tmp_path) == ("done", 0, ""), printed
+    messages = (tmp_path / "run" / "messages.log").read_text()
+    assert ("resumed from step-4" in messages) == (step == 5)
+    final = tensors_of(step_folder(tmp_path / "run", 6))
+    assert all(torch.equal(final[key], value) for key, value in undisturbed.items())
+
+
+@pytest.mark.slow
+def test_chaos(tmp_path: Path) -> None:
+    """A short form of ``make chaos``."""
+    assert chaos(3, 2, "fsdp2", tmp_path) == []
+
+
+def test_a_wrong_reference_is_refused(model: Path, tmp_path: Path) -> None:
+    """A checkpoint goes with the reference that it was trained against; another fine-tune of the same shape is told apart."""
+    training, schedule = {"steps": 2}, {"warmup_steps": 0}
+    every = {"every_steps": 2}
+    values = values_of(model, tmp_path / "run", "single", training=training, schedule=schedule, checkpoint=every)
+    run_here(values)
+    other = tmp_path / "other.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(model / "model.safetensors").items()}, other)
+    values["reference"] = {"source": str(other)}
+    values["run"]["folder"] = str(tmp_path / "second")
+    values["checkpoint"]["resume"] = str(step_folder(tmp_path / "run", 2))
+    with pytest.raises(CheckpointError) as caught:
+        run_here(values)
+    assert f"its reference was {model}" in str(caught.value) and "set reference.source to the one of then" in str(
+        caught.value
+    )
