@@ -17,6 +17,7 @@ from digrap_scale.evaluation.shift import ShiftDegrees, measure_shift
 from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite, evaluation_mode
 from digrap_scale.models.embeddings import build_embed
 from digrap_scale.sharding.engine import Engine
+from digrap_scale.training.batches import training_patterns
 from digrap_scale.training.build_run import BuiltRun, build_run
 from digrap_scale.training.loop import prepared
 from digrap_scale.training.prepare import refuse
@@ -82,7 +83,7 @@ def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[
 
 def _shift_shards(config: Config) -> ShardSet:
     """The training shards that shifts are measured against: all, or enough of them, drawn by the run's seed."""
-    shards = ShardSet.open(config.data.train)
+    shards = ShardSet.open(training_patterns(config))
     assert config.evaluation.shift_degree is not None
     wanted = config.evaluation.shift_degree.train_samples
     if wanted is None or wanted >= shards.samples:
