@@ -56,7 +56,7 @@ def run_encoder(config: Config) -> dict[str, Any]:
     run.engine.model.train()
     losses = []
     for _ in range(STEPS):
-        loss = accumulate(run.engine, projector, task, batches)
+        loss = accumulate(run.engine, projector, task, batches, lambda doing: None)
         run.engine.step()
         here.sum_(loss)
         losses.append(float(loss) / ranks)

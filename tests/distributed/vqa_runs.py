@@ -65,7 +65,7 @@ def run_vqa(config: Config) -> dict[str, Any]:
     run.engine.model.train()
     losses = []
     for _ in range(2):
-        loss = accumulate(run.engine, projector, task, batches)
+        loss = accumulate(run.engine, projector, task, batches, lambda doing: None)
         run.engine.step()
         here.sum_(loss)
         losses.append(float(loss) / ranks)

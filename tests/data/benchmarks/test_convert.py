@@ -104,7 +104,7 @@ def test_samples(name: str, tmp_path: Path) -> None:
 
 def test_images_belong_to_their_questions(tmp_path: Path) -> None:
     _, out = run("vqav2", WRITERS["vqav2"](tmp_path), "--prefix", "val")
-    assert [path.name for path in sorted(out.iterdir())] == ["val-000000.tar", "val.manifest.json"]
+    assert [path.name for path in sorted(out.iterdir())] == ["val-000000.tar", "val.manifest.json", "val.offsets.npy"]
     colours = [image.getpixel((5, 5)) for _, _, image in read(out)]
     assert [max(range(3), key=lambda i: colour[i]) for colour in colours] == [0, 0, 2]  # type: ignore[index]
 
