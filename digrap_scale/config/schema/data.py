@@ -66,6 +66,13 @@ class DataConfig(Section):
             "vqa: most tokens of a sample, images included; a longer one is an error. Empty: as many as the model has positions."
         ),
     )
+    pack_tokens: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "vqa: short samples of a micro-batch share rows of up to so many tokens, of which none sees another: the same loss, "
+            "less padding. No sample may be longer. Empty: a row a sample."
+        ),
+    )
     workers: NonNegativeInt = Field(default=0, description="Loader processes a rank.")
     prefetch_batches: PositiveInt = Field(default=2, description="Batches that each loader process makes ahead.")
     shuffle_buffer_samples: NonNegativeInt = Field(

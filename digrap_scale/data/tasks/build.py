@@ -48,6 +48,7 @@ def build_task(
             prompt=data.prompt,
             answer_choice=data.answer_choice,
             max_tokens=data.max_tokens,
+            pack_tokens=data.pack_tokens,
             generation=(config.evaluation.generation or GenerationConfig()).model_dump(),
         )
         if model.task == "vqa":

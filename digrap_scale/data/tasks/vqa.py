@@ -1,6 +1,7 @@
 """Visual question answering with a generative model: free-form answers, maybe of several annotators."""
 
-# B samples of a batch, R rows (the samples, and maybe a blank one), T tokens, K positions whose logits are asked for
+# B samples of a batch, R rows (a sample each, or several, and maybe a blank one), T tokens, K positions whose logits are
+# asked for
 
 from __future__ import annotations
 
@@ -37,6 +38,8 @@ class Encoder(Protocol):
 
     def join(self, rows: Sequence[Any], *, left: bool) -> dict[str, torch.Tensor]: ...
 
+    def pack(self, rows: Sequence[Any], row_tokens: int) -> dict[str, torch.Tensor]: ...
+
     def supervised(self, rows: Sequence[Any], width: int) -> torch.Tensor: ...
 
     def decode(self, ids_BT: torch.Tensor) -> list[str]: ...
@@ -62,6 +65,7 @@ class VqaTask(Task):
         answer_choice: str,
         max_tokens: int | None,
         generation: dict[str, Any],
+        pack_tokens: int | None = None,
         **common: Any,
     ) -> None:
         """
@@ -73,6 +77,7 @@ class VqaTask(Task):
             answer_choice: ``most_frequent`` (the first of equals) or ``random`` (drawn anew in each epoch, by seed).
             max_tokens: the longest sample; None: what the model has positions for.
             generation: settings of ``transformers.GenerationConfig``.
+            pack_tokens: in training, samples share rows of up to so many tokens; None: a row a sample.
         """
         super().__init__(None, **common)
         self.encoder = encoder
@@ -80,7 +85,9 @@ class VqaTask(Task):
         self.prompt = prompt
         self.question_field, self.answers_field = question_field, answers_field
         self.answer_choice = answer_choice
-        self.max_tokens = min((n for n in (max_tokens, encoder.limit) if n is not None), default=None)
+        self.pack_tokens = pack_tokens if train else None
+        limits = (max_tokens, encoder.limit, self.pack_tokens)
+        self.max_tokens = min((n for n in limits if n is not None), default=None)
         # Everything that shapes the output is stated: a checkpoint's own generation config may sample, or punish repetition.
         self.generation = GenerationConfig(
             do_sample=False,
@@ -97,14 +104,18 @@ class VqaTask(Task):
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
         """Token fields [R, T], the images' tensors, in training ``labels`` [R, T]; ``Batch.labels`` [B] are 0 for each sample.
+        Packed also ``sample_ids`` [R, T], the sample that a token belongs to (−1: none).
 
         Padding is on the right in training, on the left where generation goes on.
         """
         answers = [self.answers(sample) for sample in samples]
         rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
-        inputs = self.encoder.join(rows, left=self.generates and not self.train)
+        if self.pack_tokens is not None:
+            inputs = self.encoder.pack(rows, self.pack_tokens)
+        else:
+            inputs = self.encoder.join(rows, left=self.generates and not self.train)
         inputs = {name: self._cast(tensor) for name, tensor in inputs.items()}
-        if self.train:
+        if self.train and self.pack_tokens is None:
             height, width = inputs["input_ids"].shape
             labels = torch.full((height, width), IGNORED, dtype=torch.int64)
             labels[: len(rows)] = self.encoder.supervised(rows, width)
@@ -168,18 +179,28 @@ class VqaTask(Task):
         if self.max_tokens is not None and len(row) + room > self.max_tokens:
             made = f"{len(row)} tokens" + (f" and up to {room} new ones" if room else "")
             raise ConfigError(
-                f"{sample['shard']}: sample {sample['key']}: {made} with {len(images)} image(s), limit {self.max_tokens}; "
-                "nothing is cut off, for it could be an image's tokens: raise data.max_tokens if the model has the "
-                "positions, shorten the text, or make images smaller"
+                f"{sample['shard']}: sample {sample['key']}: {made} with {len(images)} image(s), limit {self.max_tokens}; nothing "
+                "is cut off, for it could be an image's tokens: raise data.max_tokens or data.pack_tokens if the model has "
+                "the positions, shorten the text, or make images smaller"
             )
         return row
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean over samples of the mean cross entropy of a sample's supervised tokens."""
         inputs = dict(batch.inputs)
-        likelihood_R, tokens_R = self.log_likelihood(model, inputs, inputs.pop("labels"))
-        counted_R = tokens_R > 0
-        return -(likelihood_R / tokens_R.clamp(min=1)).sum() / counted_R.sum().clamp(min=1)
+        labels_RT, owners_RT = inputs.pop("labels"), inputs.pop("sample_ids", None)
+        if owners_RT is None:
+            likelihood_B, tokens_B = self.log_likelihood(model, inputs, labels_RT)
+            counted_B = tokens_B > 0
+            return -(likelihood_B / tokens_B.clamp(min=1)).sum() / counted_B.sum().clamp(min=1)
+        # Without a cache: with one, transformers does not look for several samples in a row.
+        likelihood_RK, columns_K = self._token_likelihoods(model, {**inputs, "use_cache": False}, labels_RT)
+        supervised_RK = (labels_RT[:, 1:][:, columns_K] != IGNORED).long()
+        owners_RK = owners_RT[:, 1:][:, columns_K].clamp(min=0)  # nobody's tokens count 0
+        assert batch.labels is not None
+        tokens_B = torch.zeros_like(batch.labels).index_add(0, owners_RK.flatten(), supervised_RK.flatten())
+        likelihood_RK = likelihood_RK / tokens_B.clamp(min=1)[owners_RK]
+        return -likelihood_RK.sum() / (tokens_B > 0).sum().clamp(min=1)
 
     def log_likelihood(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], labels_RT: torch.Tensor
@@ -189,6 +210,13 @@ class VqaTask(Task):
         Logits at t tell of the label at t + 1. Where the model can, only the columns are computed in which some row is
         supervised: of a long prompt and a large vocabulary, most of the memory.
         """
+        likelihood_RK, columns_K = self._token_likelihoods(model, inputs, labels_RT)
+        return likelihood_RK.sum(dim=1), (labels_RT[:, 1:][:, columns_K] != IGNORED).sum(dim=1)
+
+    def _token_likelihoods(
+        self, model: nn.Module, inputs: dict[str, Any], labels_RT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of the supervised tokens, 0 at others: [R, K] float32, and the columns [K] of the tokens that tell of them."""
         targets_RT = labels_RT[:, 1:]
         columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
         if self.encoder.keeps_logits:
@@ -199,7 +227,7 @@ class VqaTask(Task):
         losses_RK = functional.cross_entropy(
             logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none"
         )
-        return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)
+        return -losses_RK, columns_K
 
     def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         raise AssertionError("answers are generated, not told apart")
