@@ -197,12 +197,20 @@ def _vqa(task: str, prompt: str, augment: str, generation: object, class_answers
         )
 
 
-def _packed(pack_tokens: int | None, task: str) -> Iterable[Problem]:
-    if pack_tokens is not None and task not in ("vqa", "classification-as-vqa"):
-        yield (
-            ("data", "pack_tokens"),
-            f"expected nothing with model.task `{task}`, found {pack_tokens}; it is for tasks that generate",
-        )
+def _packed(
+    pack_tokens: int | None, max_forward_tokens: int | None, max_forward_images: int | None, task: str
+) -> Iterable[Problem]:
+    given = {
+        "pack_tokens": pack_tokens,
+        "max_forward_tokens": max_forward_tokens,
+        "max_forward_images": max_forward_images,
+    }
+    for key, value in given.items():
+        if value is not None and task not in ("vqa", "classification-as-vqa"):
+            yield (
+                ("data", key),
+                f"expected nothing with model.task `{task}`, found {value}; it is for tasks that generate",
+            )
 
 
 def _optimizer(name: str, momentum: float, betas: Sequence[float], eps: float) -> Iterable[Problem]:
@@ -328,7 +336,7 @@ CHECKS = (
         ("model.task", "data.prompt", "data.augment", "evaluation.generation", "evaluation.class_answers"),
         _vqa,
     ),
-    Check(("data.pack_tokens", "model.task"), _packed),
+    Check(("data.pack_tokens", "data.max_forward_tokens", "data.max_forward_images", "model.task"), _packed),
     Check(("model.lora", "reference.placement"), _dora),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from digrap_scale.data.tasks.base import Task
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.setup import Place
+from digrap_scale.types import Batch
 
 
 def open_training_data(config: Config) -> list[Source]:
@@ -57,6 +59,21 @@ def training_loader(data: list[Source], task: Task, config: Config, here: Place,
         on_bad_sample=options.on_bad_sample,
         max_bad_samples=options.max_bad_samples,
     )
+
+
+def forwards(batch: Batch, task: Task, config: Config, place: Place) -> list[tuple[Batch, float]]:
+    """The forwards that a micro-batch takes, the same number on every rank, and each one's share of its mean loss.
+
+    Without budgets it is one. With them, a rank that needs fewer than another goes on with forwards that count nowhere:
+    sharded weights are gathered, and gradients reduced, by all ranks together. Collective with budgets.
+    """
+    if config.data.max_forward_tokens is None and config.data.max_forward_images is None:
+        return [(batch, 1.0)]
+    parts = [replace(batch, rest=[]), *batch.rest]
+    samples = sum(len(part.keys) for part in parts)
+    shares = [len(part.keys) / max(samples, 1) for part in parts]
+    missing = place.largest(len(parts)) - len(parts)
+    return [*zip(parts, shares, strict=True), *[(task.emptied(parts[0]), 0.0)] * missing]
 
 
 def data_counters(loader: TrainingLoader, config: Config, place: Place) -> dict[str, Any]:

@@ -132,3 +132,36 @@ def test_every_sample_has_its_place(lengths: list[int], room: int) -> None:
     # No two rows would fit one: otherwise a row was opened although another had room.
     loads = sorted(sum(lengths[i] for i in row) for row in rows)
     assert len(loads) < 2 or loads[0] + loads[1] > room
+
+
+@pytest.mark.parametrize(
+    "data", [{"max_forward_images": 2}, {"max_forward_tokens": 80}, {"max_forward_tokens": 80, "pack_tokens": 40}]
+)
+def test_budgets_cut_a_micro_batch(data: dict[str, Any], tmp_path: Path) -> None:
+    """Into consecutive parts, as long as may be, none of which exceeds the budget."""
+    folder = save_tiny_vlm("llava", tmp_path / "llava")
+    config = AutoConfig.from_pretrained(folder)
+    family = build_family(config, load_processor(folder, config, False), folder)
+    task = task_of(family, tmp_path, "vqa", True, data=data)
+    batch = task.micro_batch(MIXED * 2)
+    parts = [batch, *batch.rest]
+    assert len(parts) > 1 and [key for part in parts for key in part.keys] == [s["key"] for s in MIXED * 2]
+    images = {one["key"]: len(one["images"]) for one in MIXED}
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        assert part.inputs["input_ids"].numel() <= data.get("max_forward_tokens", 10**9)
+        assert sum(images[key] for key in part.keys) <= data.get("max_forward_images", 10**9)
+        if following is not None:  # one sample more would have been too many
+            more = [one for key in [*part.keys, following.keys[0]] for one in MIXED if one["key"] == key]
+            assert len(task.micro_batch(more).rest) == 1
+    assert not task_of(family, tmp_path, "vqa", False, data=data).micro_batch(MIXED * 2).rest
+
+
+def test_a_sample_over_the_budget_is_named(tmp_path: Path) -> None:
+    folder = save_tiny_vlm("llava", tmp_path / "llava")
+    config = AutoConfig.from_pretrained(folder)
+    family = build_family(config, load_processor(folder, config, False), folder)
+    task = task_of(family, tmp_path, "vqa", True, data={"max_forward_images": 1})
+    with pytest.raises(
+        ConfigError, match=r"x.tar: sample 1: a forward of it alone has \d+ tokens and 2 image\(s\), .*"
+    ):
+        task.micro_batch(SAMPLES)

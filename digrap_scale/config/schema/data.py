@@ -73,6 +73,16 @@ class DataConfig(Section):
             "less padding. No sample may be longer. Empty: a row a sample."
         ),
     )
+    max_forward_tokens: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "vqa: most tokens, padding included, of one forward in training; a larger micro-batch takes several on every rank, "
+            "and the step stays the same. Empty: always one."
+        ),
+    )
+    max_forward_images: PositiveInt | None = Field(
+        default=None, description="vqa: most images of one forward in training, as `max_forward_tokens`."
+    )
     workers: NonNegativeInt = Field(default=0, description="Loader processes a rank.")
     prefetch_batches: PositiveInt = Field(default=2, description="Batches that each loader process makes ahead.")
     shuffle_buffer_samples: NonNegativeInt = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,8 @@ class Encoder(Protocol):
 
     def pack(self, rows: Sequence[Any], row_tokens: int) -> dict[str, torch.Tensor]: ...
 
+    def computed_tokens(self, rows: Sequence[Any], row_tokens: int | None) -> int: ...
+
     def supervised(self, rows: Sequence[Any], width: int) -> torch.Tensor: ...
 
     def decode(self, ids_BT: torch.Tensor) -> list[str]: ...
@@ -66,6 +69,8 @@ class VqaTask(Task):
         max_tokens: int | None,
         generation: dict[str, Any],
         pack_tokens: int | None = None,
+        max_forward_tokens: int | None = None,
+        max_forward_images: int | None = None,
         **common: Any,
     ) -> None:
         """
@@ -78,6 +83,8 @@ class VqaTask(Task):
             max_tokens: the longest sample; None: what the model has positions for.
             generation: settings of ``transformers.GenerationConfig``.
             pack_tokens: in training, samples share rows of up to so many tokens; None: a row a sample.
+            max_forward_tokens: in training, most tokens of a forward, padding included; None: any number.
+            max_forward_images: in training, most images of a forward; None: any number.
         """
         super().__init__(None, **common)
         self.encoder = encoder
@@ -86,6 +93,8 @@ class VqaTask(Task):
         self.question_field, self.answers_field = question_field, answers_field
         self.answer_choice = answer_choice
         self.pack_tokens = pack_tokens if train else None
+        self.max_forward_tokens = max_forward_tokens if train else None
+        self.max_forward_images = max_forward_images if train else None
         limits = (max_tokens, encoder.limit, self.pack_tokens)
         self.max_tokens = min((n for n in limits if n is not None), default=None)
         # Everything that shapes the output is stated: a checkpoint's own generation config may sample, or punish repetition.
@@ -110,6 +119,42 @@ class VqaTask(Task):
         """
         answers = [self.answers(sample) for sample in samples]
         rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
+        return self._joined(samples, answers, rows)
+
+    def micro_batch(self, samples: list[dict[str, Any]]) -> Batch:
+        """``collate``, cut into as many consecutive parts as the budgets for a forward ask for."""
+        answers = [self.answers(sample) for sample in samples]
+        rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
+        first, *rest = [self._joined(samples[part], answers[part], rows[part]) for part in self._parts(samples, rows)]
+        return replace(first, rest=rest)
+
+    def _parts(self, samples: list[dict[str, Any]], rows: list[Any]) -> list[slice]:
+        """Each as long as its forward keeps to the budgets. Raises: ConfigError: a sample does not by itself."""
+        parts: list[slice] = []
+        start = 0
+        for number, sample in enumerate(samples):
+            if self._fits(samples[start : number + 1], rows[start : number + 1]):
+                continue
+            if not self._fits([sample], [rows[number]]):
+                tokens = self.encoder.computed_tokens([rows[number]], self.pack_tokens)
+                raise ConfigError(
+                    f"{sample['shard']}: sample {sample['key']}: a forward of it alone has {tokens} tokens and "
+                    f"{len(sample['images'])} image(s), data.max_forward_tokens is {self.max_forward_tokens}, "
+                    f"data.max_forward_images {self.max_forward_images}; raise them, or leave the sample out"
+                )
+            parts.append(slice(start, number))
+            start = number
+        return [*parts, slice(start, len(samples))]
+
+    def _fits(self, samples: list[dict[str, Any]], rows: list[Any]) -> bool:
+        images = sum(len(sample["images"]) for sample in samples)
+        if self.max_forward_images is not None and images > self.max_forward_images:
+            return False
+        if self.max_forward_tokens is None:
+            return True
+        return self.encoder.computed_tokens(rows, self.pack_tokens) <= self.max_forward_tokens
+
+    def _joined(self, samples: list[dict[str, Any]], answers: list[list[str]], rows: list[Any]) -> Batch:
         if self.pack_tokens is not None:
             inputs = self.encoder.pack(rows, self.pack_tokens)
         else:
@@ -128,11 +173,11 @@ class VqaTask(Task):
             [self.group(sample) for sample in samples],
         )
 
-    def padding(self, sample: dict[str, Any]) -> Batch:
-        """See ``Task.padding``; no token is supervised."""
-        batch = super().padding(sample)
+    def emptied(self, batch: Batch) -> Batch:
+        """See ``Task.emptied``; no token is supervised."""
+        batch = super().emptied(batch)
         if self.train:
-            batch.inputs["labels"] = torch.full_like(batch.inputs["labels"], IGNORED)
+            batch.inputs = {**batch.inputs, "labels": torch.full_like(batch.inputs["labels"], IGNORED)}
         return batch
 
     def labels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
@@ -179,9 +224,9 @@ class VqaTask(Task):
         if self.max_tokens is not None and len(row) + room > self.max_tokens:
             made = f"{len(row)} tokens" + (f" and up to {room} new ones" if room else "")
             raise ConfigError(
-                f"{sample['shard']}: sample {sample['key']}: {made} with {len(images)} image(s), limit {self.max_tokens}; nothing "
-                "is cut off, for it could be an image's tokens: raise data.max_tokens or data.pack_tokens if the model has "
-                "the positions, shorten the text, or make images smaller"
+                f"{sample['shard']}: sample {sample['key']}: {made} with {len(images)} image(s), limit {self.max_tokens}; "
+                "nothing is cut off, for it could be an image's tokens: raise data.max_tokens or data.pack_tokens if the model "
+                "has the positions, shorten the text, or make images smaller"
             )
         return row
 

@@ -76,6 +76,7 @@ class Family:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.limit = limit
+        self._blank_tokens: int | None = None
         self.check()
         self.pad_id: int = self.tokenizer.pad_token_id
         if self.pad_id is None:
@@ -229,6 +230,17 @@ class Family:
                 owners[number, start:stop] = i
                 start = stop
         return {**inputs, "position_ids": positions, "labels": labels, "sample_ids": owners}
+
+    def computed_tokens(self, samples: Sequence[Encoded], row_tokens: int | None) -> int:
+        """Tokens of the forward of ``samples``, padding included: [R, T] of ``join``, or of ``pack`` with ``row_tokens``."""
+        lengths = [len(sample) for sample in samples]
+        if row_tokens is not None:
+            lengths = [sum(lengths[i] for i in row) for row in first_fit(lengths, row_tokens)]
+        if not any(sample.images for sample in samples):
+            if self._blank_tokens is None:
+                self._blank_tokens = len(self.blank())
+            lengths.append(self._blank_tokens)
+        return len(lengths) * max(lengths)
 
     def supervised(self, rows: Sequence[Encoded], width: int) -> torch.Tensor:
         """[B, T] labels for right-padded ``rows``: the answer's tokens and its end; ``IGNORED`` elsewhere."""
