@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from digrap_scale.config import Config
+from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.loader import TrainingLoader, build_training_loader
 from digrap_scale.data.plan import describe_shares, worker_shares
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.sources import Source
 from digrap_scale.data.splitting import Split
 from digrap_scale.data.tasks.base import Task
@@ -25,13 +25,13 @@ def open_training_data(config: Config) -> list[Source]:
     """``data.train`` as one source, or ``data.sources``.
 
     Raises:
-        ConfigError: see ``ShardSet.open``.
+        ConfigError: see ``open_shards``.
     """
     data = config.data
     skip = data.on_bad_sample == "skip"
     if data.train:
-        return [Source("train", ShardSet.open(data.train, skip=skip))]
-    return [Source(s.name, ShardSet.open(s.shards, skip=skip), s.weight) for s in data.sources]
+        return [Source("train", open_shards(data.train, data, skip=skip))]
+    return [Source(s.name, open_shards(s.shards, data, skip=skip), s.weight) for s in data.sources]
 
 
 def training_patterns(config: Config) -> list[str]:
@@ -95,7 +95,7 @@ def describe_data(config: Config, world_size: int) -> list[str]:
     """An epoch's steps, and what each worker of ``world_size`` ranks reads of it, a line each.
 
     Raises:
-        ConfigError: see ``ShardSet.open``; the batches do not divide among so many ranks.
+        ConfigError: see ``open_shards``; the batches do not divide among so many ranks.
     """
     training, data = config.training, config.data
     micro = training.micro_batch_samples or training.global_batch_samples // world_size

@@ -38,8 +38,9 @@ def assert_same_grads(found: dict[str, torch.Tensor], expected: dict[str, torch.
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", PACKABLE_MODELS)
+@pytest.mark.parametrize(
+    ("kind", "attention"), [*((kind, "sdpa") for kind in PACKABLE_MODELS), ("llava", "eager"), ("smolvlm", "eager")]
+)
 def test_packed_is_unpacked(kind: str, attention: str, tmp_path: Path) -> None:
     """One image, two, none, in one batch; a batch of text alone; keeps_logits or not."""
     folder = save_tiny_vlm(kind, tmp_path / kind)

@@ -17,8 +17,9 @@ from tests.models.tiny_vlm import save_tiny_vlm
 
 BACKENDS = ("fsdp2", "zero3", "zero2", "ddp")
 SETTINGS: dict[str, dict[str, Any]] = {
-    # An image a forward: a rank of text takes one forward of its own, and then as many blank ones as the other needs.
+    # In micro-batches of one sample: some ranks' have no image, others three.
     "budget": {"max_forward_images": 3},
+    # A rank of text takes one forward, and then as many blank ones as the other needs.
     "both": {"max_forward_images": 3, "max_forward_tokens": 90, "pack_tokens": 60},
 }
 
@@ -34,7 +35,7 @@ def made(folder: Path, backend: str, data: dict[str, Any], micro: int | None) ->
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "backends", [BACKENDS[:2], pytest.param(BACKENDS[2:], marks=pytest.mark.slow)], ids=lambda names: "-".join(names)
+    "backends", [BACKENDS[:1], pytest.param(BACKENDS[1:], marks=pytest.mark.slow)], ids=lambda names: "-".join(names)
 )
 def test_a_step_is_the_same_step(backends: tuple[str, ...], tmp_path: Path) -> None:
     save_tiny_vlm("llava", tmp_path / "llava")
@@ -45,7 +46,7 @@ def test_a_step_is_the_same_step(backends: tuple[str, ...], tmp_path: Path) -> N
         f"{backend} {name} {micro}": made(tmp_path, backend, data, micro)
         for backend in backends
         for name, data in SETTINGS.items()
-        for micro in ((None, 1) if name == "budget" else (None,))
+        for micro in ((1,) if name == "budget" else (None,))
     }
     results = run_ranks(2, tmp_path / "ranks", run_all_forwards, cases)
     for name in cases:

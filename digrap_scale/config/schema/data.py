@@ -83,6 +83,15 @@ class DataConfig(Section):
     max_forward_images: PositiveInt | None = Field(
         default=None, description="vqa: most images of one forward in training, as `max_forward_tokens`."
     )
+    allow_commands: bool = Field(
+        default=False,
+        description=(
+            "Shards may be `pipe:COMMAND` (run in a shell) and `https://…` (curl): fetched once a node into `cache_folder`."
+        ),
+    )
+    cache_folder: Text | None = Field(
+        default=None, description="Where fetched shards are kept; a folder that the processes of a node share."
+    )
     workers: NonNegativeInt = Field(default=0, description="Loader processes a rank.")
     prefetch_batches: PositiveInt = Field(default=2, description="Batches that each loader process makes ahead.")
     shuffle_buffer_samples: NonNegativeInt = Field(
