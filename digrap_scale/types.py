@@ -181,6 +181,7 @@ class Batch:
         keys: the samples' keys in their shards, in order.
         answers: the texts that count as right, a list a sample (tasks that generate text).
         groups: by what each sample's score is told apart: its type of question, or empty for all in one.
+        rest: the micro-batch's other samples, where one forward would be too large for all: each a forward of its own.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -188,9 +189,10 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     answers: list[list[str]] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    rest: list[Batch] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """The same batch on ``device``; ``rest`` stays where it is until its turn."""
         return replace(
             self,
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
@@ -203,6 +205,7 @@ class Batch:
             self,
             inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
             labels=None if self.labels is None else self.labels.pin_memory(),
+            rest=[part.pin_memory() for part in self.rest],
         )
 
 

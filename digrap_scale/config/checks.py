@@ -197,6 +197,32 @@ def _vqa(task: str, prompt: str, augment: str, generation: object, class_answers
         )
 
 
+def _commands(allow_commands: bool, cache_folder: str | None) -> Iterable[Problem]:
+    if allow_commands and cache_folder is None:
+        yield ("data", "cache_folder"), "expected a folder with data.allow_commands, found none"
+    if cache_folder is not None and not allow_commands:
+        yield (
+            ("data", "cache_folder"),
+            f"expected nothing without data.allow_commands, found {cache_folder!r}; nothing is fetched",
+        )
+
+
+def _packed(
+    pack_tokens: int | None, max_forward_tokens: int | None, max_forward_images: int | None, task: str
+) -> Iterable[Problem]:
+    given = {
+        "pack_tokens": pack_tokens,
+        "max_forward_tokens": max_forward_tokens,
+        "max_forward_images": max_forward_images,
+    }
+    for key, value in given.items():
+        if value is not None and task not in ("vqa", "classification-as-vqa"):
+            yield (
+                ("data", key),
+                f"expected nothing with model.task `{task}`, found {value}; it is for tasks that generate",
+            )
+
+
 def _optimizer(name: str, momentum: float, betas: Sequence[float], eps: float) -> Iterable[Problem]:
     if name != "sgd" and momentum > 0:
         yield (
@@ -320,6 +346,8 @@ CHECKS = (
         ("model.task", "data.prompt", "data.augment", "evaluation.generation", "evaluation.class_answers"),
         _vqa,
     ),
+    Check(("data.allow_commands", "data.cache_folder"), _commands),
+    Check(("data.pack_tokens", "data.max_forward_tokens", "data.max_forward_images", "model.task"), _packed),
     Check(("model.lora", "reference.placement"), _dora),
     Check(("optimizer.name", "optimizer.momentum", "optimizer.betas", "optimizer.eps"), _optimizer),
     Check(("optimizer.groups",), _group_patterns),

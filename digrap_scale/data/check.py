@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from digrap_scale.config.schema import Config
+from digrap_scale.config.schema import Config, DataConfig
 from digrap_scale.data.classes import Classes, load_classes
+from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.reading import samples_of
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.splitting import Span
 from digrap_scale.data.tasks.base import only_image, text_field, texts_field
 from digrap_scale.errors import ConfigError
@@ -39,7 +39,7 @@ def check_data(config: Config) -> list[str]:
     suite = enumerate(config.evaluation.suite)
     sets += [(f"evaluation.suite.{i} ({one.name})", one.shards, False, False) for i, one in suite]
     for where, patterns, of_captions, may_skip in sets:
-        problems += _check_set(where, patterns, partial(_check_sample, config, classes, of_captions), may_skip)
+        problems += _check_set(where, patterns, data, partial(_check_sample, config, classes, of_captions), may_skip)
     return problems
 
 
@@ -59,10 +59,12 @@ def _check_sample(config: Config, classes: Classes | None, captions: bool, sampl
         raise ConfigError(f"{sample['shard']}: sample {sample['key']}: label {label!r} is not among data.classes")
 
 
-def _check_set(where: str, patterns: Sequence[str], check: Callable[[dict[str, Any]], None], skip: bool) -> list[str]:
+def _check_set(
+    where: str, patterns: Sequence[str], data: DataConfig, check: Callable[[dict[str, Any]], None], skip: bool
+) -> list[str]:
     """Opens a set, decodes its first samples and checks each."""
     try:
-        shards = ShardSet.open(patterns, skip=skip)
+        shards = open_shards(patterns, data, skip=skip)
         spans = [Span(i, 0, count) for i, count in enumerate(shards.counts) if count]
         for sample in itertools.islice(samples_of(spans, shards.paths, shards.offsets, skip), LOOKED_AT_SAMPLES):
             check(sample)

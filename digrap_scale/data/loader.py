@@ -90,7 +90,7 @@ class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
                     raise
                 skipped += error.problems
         try:
-            batch = self.task.collate(samples) if samples else self._padding()
+            batch = self.task.micro_batch(samples) if samples else self._padding()
         except ConfigError:
             if not self.skip:
                 raise
@@ -102,11 +102,11 @@ class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
         good = []
         for sample in samples:
             try:
-                self.task.collate([sample])
+                self.task.micro_batch([sample])
                 good.append(sample)
             except ConfigError as error:
                 skipped += error.problems
-        return self.task.collate(good) if good else self._padding()
+        return self.task.micro_batch(good) if good else self._padding()
 
     def _sample(self, where: Located) -> dict[str, Any]:
         self._reader = self._reader or self.sources.reader()

@@ -163,18 +163,18 @@ def index_shards(
     manifest_path, offsets_path = folder / f"{name}{MANIFEST_SUFFIX}", folder / f"{name}{OFFSETS_SUFFIX}"
     try:
         manifest_path.unlink(missing_ok=True)  # it must not stand beside other offsets than its own
-        with _replacing(offsets_path) as stream:
+        with replacing(offsets_path) as stream:
             np.save(stream, np.concatenate([scan.offsets for _, scan in whole]), allow_pickle=False)
         offsets = OffsetsEntry(offsets_path.name, sha256_of(offsets_path))
         manifest = Manifest(MANIFEST_VERSION, tuple(entry for entry, _ in whole), offsets)
-        with _replacing(manifest_path) as stream:
+        with replacing(manifest_path) as stream:
             stream.write(manifest.to_json().encode())
     except OSError as error:
         raise SaveError(f"{manifest_path}: cannot be written: {error}") from error
     return manifest, [problem for _, scan in whole for problem in scan.problems]
 
 
-class _replacing:
+class replacing:
     """A file that takes its name when all of it is on the disk."""
 
     def __init__(self, path: Path) -> None:

@@ -160,7 +160,10 @@ def expand_shards(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         if _URL.match(pattern):
-            problems.append(f"shards {pattern!r}: only local files are read; copy the shards or mount their storage")
+            problems.append(
+                f"shards {pattern!r}: only local files are read; copy the shards, mount their storage, or set "
+                "data.allow_commands: true to fetch pipe: and https: sources"
+            )
             continue
         try:
             expanded = list(braceexpand(pattern))

@@ -34,6 +34,7 @@ from digrap_scale.models.adapters import add_lora, original_name
 from digrap_scale.models.embeddings import build_embed
 from digrap_scale.models.families import Family, build_family
 from digrap_scale.models.families.encoders import classifier_config
+from digrap_scale.models.families.packing import check_packable
 from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.models.hollow import hollow_out, load_hollow, obstacle, renamed
@@ -125,6 +126,8 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
             report.append(f"model.batch_norm: the statistics of {layers} layers are frozen")
     slices = None if stored is None else renamed(stored.read, hollow_out(wrapped, stored, unstored))
     if settings.generative:
+        if config.data.pack_tokens is not None:
+            check_packable(model.config)
         family = _family(folder, model_config, settings)
         family.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
@@ -317,6 +320,8 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
             )
     if settings.generative:
         try:
+            if config.data.pack_tokens is not None:
+                check_packable(model.config)
             _family(folder, model.config, settings)
         except ConfigError as error:
             problems += error.problems

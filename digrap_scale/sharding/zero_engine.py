@@ -160,6 +160,8 @@ class ZeroEngine(Engine):
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         self._last = last
+        # Not by DeepSpeed's own count, which takes a step to be `accumulation_steps` backwards: budgets may ask for more.
+        self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def inference(self) -> AbstractContextManager[None]:

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from digrap_scale.config import Config
+from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.loader import TrainingLoader, build_training_loader
 from digrap_scale.data.plan import describe_shares, worker_shares
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.sources import Source
 from digrap_scale.data.splitting import Split
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.setup import Place
+from digrap_scale.types import Batch
 
 
 def open_training_data(config: Config) -> list[Source]:
     """``data.train`` as one source, or ``data.sources``.
 
     Raises:
-        ConfigError: see ``ShardSet.open``.
+        ConfigError: see ``open_shards``.
     """
     data = config.data
     skip = data.on_bad_sample == "skip"
     if data.train:
-        return [Source("train", ShardSet.open(data.train, skip=skip))]
-    return [Source(s.name, ShardSet.open(s.shards, skip=skip), s.weight) for s in data.sources]
+        return [Source("train", open_shards(data.train, data, skip=skip))]
+    return [Source(s.name, open_shards(s.shards, data, skip=skip), s.weight) for s in data.sources]
 
 
 def training_patterns(config: Config) -> list[str]:
@@ -59,6 +61,21 @@ def training_loader(data: list[Source], task: Task, config: Config, here: Place,
     )
 
 
+def forwards(batch: Batch, task: Task, config: Config, place: Place) -> list[tuple[Batch, float]]:
+    """The forwards that a micro-batch takes, the same number on every rank, and each one's share of its mean loss.
+
+    Without budgets it is one. With them, a rank that needs fewer than another goes on with forwards that count nowhere:
+    sharded weights are gathered, and gradients reduced, by all ranks together. Collective with budgets.
+    """
+    if config.data.max_forward_tokens is None and config.data.max_forward_images is None:
+        return [(batch, 1.0)]
+    parts = [replace(batch, rest=[]), *batch.rest]
+    samples = sum(len(part.keys) for part in parts)
+    shares = [len(part.keys) / max(samples, 1) for part in parts]
+    missing = place.largest(len(parts)) - len(parts)
+    return [*zip(parts, shares, strict=True), *[(task.emptied(parts[0]), 0.0)] * missing]
+
+
 def data_counters(loader: TrainingLoader, config: Config, place: Place) -> dict[str, Any]:
     """What a line of metrics says of the data: bad samples over all ranks (``skip``), samples of each source (a mixture).
 
@@ -78,7 +95,7 @@ def describe_data(config: Config, world_size: int) -> list[str]:
     """An epoch's steps, and what each worker of ``world_size`` ranks reads of it, a line each.
 
     Raises:
-        ConfigError: see ``ShardSet.open``; the batches do not divide among so many ranks.
+        ConfigError: see ``open_shards``; the batches do not divide among so many ranks.
     """
     training, data = config.training, config.data
     micro = training.micro_batch_samples or training.global_batch_samples // world_size

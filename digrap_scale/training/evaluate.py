@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from digrap_scale.config import Config
+from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.errors import ConfigError
@@ -53,7 +54,10 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
 def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
     """Every test set of the suite with the run's weights as they are; the result on every rank. Collective."""
     assert run.task is not None, "the schema asks for data.classes where there is a suite"
-    loaders = {entry.name: _loader(run, config, here, ShardSet.open(entry.shards)) for entry in config.evaluation.suite}
+    loaders = {
+        entry.name: _loader(run, config, here, open_shards(entry.shards, config.data))
+        for entry in config.evaluation.suite
+    }
     shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
     with run.engine.inference():
         result = evaluate_suite(
@@ -83,7 +87,7 @@ def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[
 
 def _shift_shards(config: Config) -> ShardSet:
     """The training shards that shifts are measured against: all, or enough of them, drawn by the run's seed."""
-    shards = ShardSet.open(training_patterns(config))
+    shards = open_shards(training_patterns(config), config.data)
     assert config.evaluation.shift_degree is not None
     wanted = config.evaluation.shift_degree.train_samples
     if wanted is None or wanted >= shards.samples:

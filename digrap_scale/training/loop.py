@@ -14,7 +14,7 @@ from digrap_scale.data.tasks.base import Task
 from digrap_scale.errors import NonFiniteError
 from digrap_scale.projector import Projector
 from digrap_scale.sharding.engine import Engine
-from digrap_scale.training.batches import data_counters
+from digrap_scale.training.batches import data_counters, forwards
 from digrap_scale.training.keep import Keeper
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.schedule import LearningRate
@@ -42,11 +42,12 @@ def train_steps(
     """
     schedule = LearningRate(engine.optimizer, config.schedule, total_steps)
     stream = iter(batches)
+    cut = partial(forwards, task=task, config=config, place=place)
     engine.model.train()
     skipped_in_a_row = 0
     for step in range(start_step + 1, total_steps + 1):
         learning_rate = schedule.set(step - 1)
-        loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step))
+        loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step), cut)
         keeper.watch.at(step, "optimizer step")
         seen = projector.report.step
         engine.step()
@@ -83,20 +84,32 @@ def train_steps(
 
 
 def accumulate(
-    engine: Engine, projector: Projector, task: Task, stream: Iterator[Batch], tell: Callable[[str], None]
+    engine: Engine,
+    projector: Projector,
+    task: Task,
+    stream: Iterator[Batch],
+    tell: Callable[[str], None] = lambda _: None,
+    cut: Callable[[Batch], list[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)],
 ) -> torch.Tensor:
-    """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar."""
+    """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar.
+
+    Args:
+        tell: is told what this rank is about to do.
+        cut: micro-batch → the forwards that it takes, and each one's share of its loss; see ``batches.forwards``.
+    """
     total = torch.zeros((), device=engine.device)
     for part in range(engine.accumulation_steps):
         tell("data")
-        batch = prepared(engine, next(stream))
+        pieces = cut(next(stream))
         tell("forward and backward")
-        last = part == engine.accumulation_steps - 1
-        projector.expect_step(last)
-        with engine.micro_step(last=last):
-            loss = task.loss(engine.model, batch)
-            engine.backward(loss)
-        total += loss.detach().float()
+        for number, (batch, share) in enumerate(pieces):
+            batch = prepared(engine, batch)
+            last = part == engine.accumulation_steps - 1 and number == len(pieces) - 1
+            projector.expect_step(last)
+            with engine.micro_step(last=last):
+                loss = task.loss(engine.model, batch) * share
+                engine.backward(loss)
+            total += loss.detach().float()
     return total / engine.accumulation_steps
 
 

@@ -43,6 +43,13 @@ class Place:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' numbers. Collective."""
+        number = torch.tensor(value, dtype=torch.int64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. Collective."""
         values: list[Any] = [value]

@@ -66,6 +66,32 @@ class DataConfig(Section):
             "vqa: most tokens of a sample, images included; a longer one is an error. Empty: as many as the model has positions."
         ),
     )
+    pack_tokens: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "vqa: short samples of a micro-batch share rows of up to so many tokens, of which none sees another: the same loss, "
+            "less padding. No sample may be longer. Empty: a row a sample."
+        ),
+    )
+    max_forward_tokens: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "vqa: most tokens, padding included, of one forward in training; a larger micro-batch takes several on every rank, "
+            "and the step stays the same. Empty: always one."
+        ),
+    )
+    max_forward_images: PositiveInt | None = Field(
+        default=None, description="vqa: most images of one forward in training, as `max_forward_tokens`."
+    )
+    allow_commands: bool = Field(
+        default=False,
+        description=(
+            "Shards may be `pipe:COMMAND` (run in a shell) and `https://…` (curl): fetched once a node into `cache_folder`."
+        ),
+    )
+    cache_folder: Text | None = Field(
+        default=None, description="Where fetched shards are kept; a folder that the processes of a node share."
+    )
     workers: NonNegativeInt = Field(default=0, description="Loader processes a rank.")
     prefetch_batches: PositiveInt = Field(default=2, description="Batches that each loader process makes ahead.")
     shuffle_buffer_samples: NonNegativeInt = Field(

@@ -43,9 +43,17 @@ class Task(ABC):
             ConfigError: a sample without its label or caption, or with an unknown label; names shard and key.
         """
 
+    def micro_batch(self, samples: list[dict[str, Any]]) -> Batch:
+        """The batch of a micro-batch's samples; of a task with a budget for a forward maybe only the first of them, and the
+        others in ``rest``. Raises: ConfigError: see ``collate``."""
+        return self.collate(samples)
+
     def padding(self, sample: dict[str, Any]) -> Batch:
         """A batch of the shape of ``sample``'s that counts nowhere: labels −1, no keys; its loss is 0."""
-        batch = self.collate([sample])
+        return self.emptied(self.collate([sample]))
+
+    def emptied(self, batch: Batch) -> Batch:
+        """``batch``, so that it counts nowhere: see ``padding``."""
         assert batch.labels is not None  # every task's collate gives labels
         return Batch(batch.inputs, torch.full_like(batch.labels, -1), [])
 

@@ -48,6 +48,9 @@ def build_task(
             prompt=data.prompt,
             answer_choice=data.answer_choice,
             max_tokens=data.max_tokens,
+            pack_tokens=data.pack_tokens,
+            max_forward_tokens=data.max_forward_tokens,
+            max_forward_images=data.max_forward_images,
             generation=(config.evaluation.generation or GenerationConfig()).model_dump(),
         )
         if model.task == "vqa":

@@ -1,12 +1,14 @@
 """Visual question answering with a generative model: free-form answers, maybe of several annotators."""
 
-# B samples of a batch, R rows (the samples, and maybe a blank one), T tokens, K positions whose logits are asked for
+# B samples of a batch, R rows (a sample each, or several, and maybe a blank one), T tokens, K positions whose logits are
+# asked for
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +39,10 @@ class Encoder(Protocol):
 
     def join(self, rows: Sequence[Any], *, left: bool) -> dict[str, torch.Tensor]: ...
 
+    def pack(self, rows: Sequence[Any], row_tokens: int) -> dict[str, torch.Tensor]: ...
+
+    def computed_tokens(self, rows: Sequence[Any], row_tokens: int | None) -> int: ...
+
     def supervised(self, rows: Sequence[Any], width: int) -> torch.Tensor: ...
 
     def decode(self, ids_BT: torch.Tensor) -> list[str]: ...
@@ -62,6 +68,9 @@ class VqaTask(Task):
         answer_choice: str,
         max_tokens: int | None,
         generation: dict[str, Any],
+        pack_tokens: int | None = None,
+        max_forward_tokens: int | None = None,
+        max_forward_images: int | None = None,
         **common: Any,
     ) -> None:
         """
@@ -73,6 +82,9 @@ class VqaTask(Task):
             answer_choice: ``most_frequent`` (the first of equals) or ``random`` (drawn anew in each epoch, by seed).
             max_tokens: the longest sample; None: what the model has positions for.
             generation: settings of ``transformers.GenerationConfig``.
+            pack_tokens: in training, samples share rows of up to so many tokens; None: a row a sample.
+            max_forward_tokens: in training, most tokens of a forward, padding included; None: any number.
+            max_forward_images: in training, most images of a forward; None: any number.
         """
         super().__init__(None, **common)
         self.encoder = encoder
@@ -80,7 +92,11 @@ class VqaTask(Task):
         self.prompt = prompt
         self.question_field, self.answers_field = question_field, answers_field
         self.answer_choice = answer_choice
-        self.max_tokens = min((n for n in (max_tokens, encoder.limit) if n is not None), default=None)
+        self.pack_tokens = pack_tokens if train else None
+        self.max_forward_tokens = max_forward_tokens if train else None
+        self.max_forward_images = max_forward_images if train else None
+        limits = (max_tokens, encoder.limit, self.pack_tokens)
+        self.max_tokens = min((n for n in limits if n is not None), default=None)
         # Everything that shapes the output is stated: a checkpoint's own generation config may sample, or punish repetition.
         self.generation = GenerationConfig(
             do_sample=False,
@@ -97,14 +113,54 @@ class VqaTask(Task):
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
         """Token fields [R, T], the images' tensors, in training ``labels`` [R, T]; ``Batch.labels`` [B] are 0 for each sample.
+        Packed also ``sample_ids`` [R, T], the sample that a token belongs to (−1: none).
 
         Padding is on the right in training, on the left where generation goes on.
         """
         answers = [self.answers(sample) for sample in samples]
         rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
-        inputs = self.encoder.join(rows, left=self.generates and not self.train)
+        return self._joined(samples, answers, rows)
+
+    def micro_batch(self, samples: list[dict[str, Any]]) -> Batch:
+        """``collate``, cut into as many consecutive parts as the budgets for a forward ask for."""
+        answers = [self.answers(sample) for sample in samples]
+        rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
+        first, *rest = [self._joined(samples[part], answers[part], rows[part]) for part in self._parts(samples, rows)]
+        return replace(first, rest=rest)
+
+    def _parts(self, samples: list[dict[str, Any]], rows: list[Any]) -> list[slice]:
+        """Each as long as its forward keeps to the budgets. Raises: ConfigError: a sample does not by itself."""
+        parts: list[slice] = []
+        start = 0
+        for number, sample in enumerate(samples):
+            if self._fits(samples[start : number + 1], rows[start : number + 1]):
+                continue
+            if not self._fits([sample], [rows[number]]):
+                tokens = self.encoder.computed_tokens([rows[number]], self.pack_tokens)
+                raise ConfigError(
+                    f"{sample['shard']}: sample {sample['key']}: a forward of it alone has {tokens} tokens and "
+                    f"{len(sample['images'])} image(s), data.max_forward_tokens is {self.max_forward_tokens}, "
+                    f"data.max_forward_images {self.max_forward_images}; raise them, or leave the sample out"
+                )
+            parts.append(slice(start, number))
+            start = number
+        return [*parts, slice(start, len(samples))]
+
+    def _fits(self, samples: list[dict[str, Any]], rows: list[Any]) -> bool:
+        images = sum(len(sample["images"]) for sample in samples)
+        if self.max_forward_images is not None and images > self.max_forward_images:
+            return False
+        if self.max_forward_tokens is None:
+            return True
+        return self.encoder.computed_tokens(rows, self.pack_tokens) <= self.max_forward_tokens
+
+    def _joined(self, samples: list[dict[str, Any]], answers: list[list[str]], rows: list[Any]) -> Batch:
+        if self.pack_tokens is not None:
+            inputs = self.encoder.pack(rows, self.pack_tokens)
+        else:
+            inputs = self.encoder.join(rows, left=self.generates and not self.train)
         inputs = {name: self._cast(tensor) for name, tensor in inputs.items()}
-        if self.train:
+        if self.train and self.pack_tokens is None:
             height, width = inputs["input_ids"].shape
             labels = torch.full((height, width), IGNORED, dtype=torch.int64)
             labels[: len(rows)] = self.encoder.supervised(rows, width)
@@ -117,11 +173,11 @@ class VqaTask(Task):
             [self.group(sample) for sample in samples],
         )
 
-    def padding(self, sample: dict[str, Any]) -> Batch:
-        """See ``Task.padding``; no token is supervised."""
-        batch = super().padding(sample)
+    def emptied(self, batch: Batch) -> Batch:
+        """See ``Task.emptied``; no token is supervised."""
+        batch = super().emptied(batch)
         if self.train:
-            batch.inputs["labels"] = torch.full_like(batch.inputs["labels"], IGNORED)
+            batch.inputs = {**batch.inputs, "labels": torch.full_like(batch.inputs["labels"], IGNORED)}
         return batch
 
     def labels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
@@ -169,17 +225,27 @@ class VqaTask(Task):
             made = f"{len(row)} tokens" + (f" and up to {room} new ones" if room else "")
             raise ConfigError(
                 f"{sample['shard']}: sample {sample['key']}: {made} with {len(images)} image(s), limit {self.max_tokens}; "
-                "nothing is cut off, for it could be an image's tokens: raise data.max_tokens if the model has the "
-                "positions, shorten the text, or make images smaller"
+                "nothing is cut off, for it could be an image's tokens: raise data.max_tokens or data.pack_tokens if the model "
+                "has the positions, shorten the text, or make images smaller"
             )
         return row
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean over samples of the mean cross entropy of a sample's supervised tokens."""
         inputs = dict(batch.inputs)
-        likelihood_R, tokens_R = self.log_likelihood(model, inputs, inputs.pop("labels"))
-        counted_R = tokens_R > 0
-        return -(likelihood_R / tokens_R.clamp(min=1)).sum() / counted_R.sum().clamp(min=1)
+        labels_RT, owners_RT = inputs.pop("labels"), inputs.pop("sample_ids", None)
+        if owners_RT is None:
+            likelihood_B, tokens_B = self.log_likelihood(model, inputs, labels_RT)
+            counted_B = tokens_B > 0
+            return -(likelihood_B / tokens_B.clamp(min=1)).sum() / counted_B.sum().clamp(min=1)
+        # Without a cache: with one, transformers does not look for several samples in a row.
+        likelihood_RK, columns_K = self._token_likelihoods(model, {**inputs, "use_cache": False}, labels_RT)
+        supervised_RK = (labels_RT[:, 1:][:, columns_K] != IGNORED).long()
+        owners_RK = owners_RT[:, 1:][:, columns_K].clamp(min=0)  # nobody's tokens count 0
+        assert batch.labels is not None
+        tokens_B = torch.zeros_like(batch.labels).index_add(0, owners_RK.flatten(), supervised_RK.flatten())
+        likelihood_RK = likelihood_RK / tokens_B.clamp(min=1)[owners_RK]
+        return -likelihood_RK.sum() / (tokens_B > 0).sum().clamp(min=1)
 
     def log_likelihood(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], labels_RT: torch.Tensor
@@ -189,6 +255,13 @@ class VqaTask(Task):
         Logits at t tell of the label at t + 1. Where the model can, only the columns are computed in which some row is
         supervised: of a long prompt and a large vocabulary, most of the memory.
         """
+        likelihood_RK, columns_K = self._token_likelihoods(model, inputs, labels_RT)
+        return likelihood_RK.sum(dim=1), (labels_RT[:, 1:][:, columns_K] != IGNORED).sum(dim=1)
+
+    def _token_likelihoods(
+        self, model: nn.Module, inputs: dict[str, Any], labels_RT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of the supervised tokens, 0 at others: [R, K] float32, and the columns [K] of the tokens that tell of them."""
         targets_RT = labels_RT[:, 1:]
         columns_K = (targets_RT != IGNORED).any(dim=0).nonzero()[:, 0]
         if self.encoder.keeps_logits:
@@ -199,7 +272,7 @@ class VqaTask(Task):
         losses_RK = functional.cross_entropy(
             logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=IGNORED, reduction="none"
         )
-        return -losses_RK.sum(dim=1), (targets_RK != IGNORED).sum(dim=1)
+        return -losses_RK, columns_K
 
     def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         raise AssertionError("answers are generated, not told apart")

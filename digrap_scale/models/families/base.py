@@ -4,7 +4,7 @@ A sample goes through the model's own processor, alone; batches are joined here.
 sample can stand in one batch, and each side of padding is ours.
 """
 
-# B rows of a batch, T tokens
+# B samples of a batch, R rows that they share, T tokens
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from digrap_scale.errors import ConfigError
+from digrap_scale.models.families.packing import first_fit
 
 IGNORED = -100  # torch's and transformers' label that carries no loss
 # What the processor gives for each token, and the value that padding has there (None: the tokenizer's padding token).
@@ -75,6 +76,7 @@ class Family:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.limit = limit
+        self._blank_tokens: int | None = None
         self.check()
         self.pad_id: int = self.tokenizer.pad_token_id
         if self.pad_id is None:
@@ -202,6 +204,44 @@ class Family:
             inputs[name] = join_tensors([row.images[name] for row in rows if name in row.images])
         return inputs
 
+    def pack(self, samples: Sequence[Encoded], row_tokens: int) -> dict[str, torch.Tensor]:
+        """Samples, several in a row → model inputs, images' tensors in the rows' order, and ``position_ids``, ``labels`` and
+        ``sample_ids`` (whose token it is; −1: nobody's), all [R, T]. See ``packing.py``.
+
+        Args:
+            samples: none longer than ``row_tokens``.
+            row_tokens: the most tokens of a row.
+        """
+        rows = first_fit([len(sample) for sample in samples], row_tokens)
+        inputs = self.join([_merged([samples[i] for i in row]) for row in rows], left=False)
+        del inputs["attention_mask"]
+        shape = inputs["input_ids"].shape
+        # Padding: each token for itself, at position 0. Of a blank row at the end nothing is supervised; its image runs the
+        # tower all the same.
+        positions = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        owners = torch.full(shape, -1, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            start = 0
+            for i in row:
+                stop = start + len(samples[i])
+                positions[number, start:stop] = torch.arange(stop - start)
+                labels[number, start:stop] = self.supervised([samples[i]], stop - start)[0]
+                owners[number, start:stop] = i
+                start = stop
+        return {**inputs, "position_ids": positions, "labels": labels, "sample_ids": owners}
+
+    def computed_tokens(self, samples: Sequence[Encoded], row_tokens: int | None) -> int:
+        """Tokens of the forward of ``samples``, padding included: [R, T] of ``join``, or of ``pack`` with ``row_tokens``."""
+        lengths = [len(sample) for sample in samples]
+        if row_tokens is not None:
+            lengths = [sum(lengths[i] for i in row) for row in first_fit(lengths, row_tokens)]
+        if not any(sample.images for sample in samples):
+            if self._blank_tokens is None:
+                self._blank_tokens = len(self.blank())
+            lengths.append(self._blank_tokens)
+        return len(lengths) * max(lengths)
+
     def supervised(self, rows: Sequence[Encoded], width: int) -> torch.Tensor:
         """[B, T] labels for right-padded ``rows``: the answer's tokens and its end; ``IGNORED`` elsewhere."""
         labels = [
@@ -215,6 +255,15 @@ class Family:
     def decode(self, ids_BT: torch.Tensor) -> list[str]:
         """Generated ids → texts, without special tokens and outer spaces."""
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+
+
+def _merged(samples: Sequence[Encoded]) -> Encoded:
+    """Samples one behind the other, and their images in the same order."""
+    names = dict.fromkeys(name for sample in samples for name in sample.tokens)
+    tokens = {name: [v for s in samples for v in s.tokens.get(name, [0] * len(s))] for name in names}
+    images = dict.fromkeys(name for sample in samples for name in sample.images)
+    tensors = {name: join_tensors([s.images[name] for s in samples if name in s.images]) for name in images}
+    return Encoded(tokens, len(tokens["input_ids"]), tensors)
 
 
 def join_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
