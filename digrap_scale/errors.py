@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 EXIT_OK = 0
 EXIT_PREEMPTED = 75
 
@@ -61,3 +63,9 @@ class NonFiniteError(DigrapError):
     """Too many steps in a row had a gradient that is not finite (exit 1): the run has diverged."""
 
     exit_code = 1
+
+
+def brief(error: BaseException) -> str:
+    """A library's error in one short line: gloo puts its own source file first, and advice and a C++ trace after."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S+:\d+\] ", "", lines[0]).split(". ")[0]

@@ -46,12 +46,14 @@ class Entry:
         offset: byte of the file where its data begin.
         code: the format's word for its dtype.
         shape: its shape.
+        size_bytes: of its data.
     """
 
     file: Path
     offset: int
     code: str
     shape: tuple[int, ...]
+    size_bytes: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,12 +85,12 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = int.from_bytes(raw.read(8), "little")
             header: dict[str, Any] = json.loads(raw.read(length), object_pairs_hook=_once)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error}); fetch it again") from error
+        raise CheckpointError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
     header.pop("__metadata__", None)
-    entries = {
-        name: Entry(file, 8 + length + value["data_offsets"][0], value["dtype"], tuple(value["shape"]))
-        for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    }
+    entries = {}
+    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = value["data_offsets"]
+        entries[name] = Entry(file, 8 + length + first, value["dtype"], tuple(value["shape"]), last - first)
     return entries, metadata
 
 
@@ -104,12 +106,14 @@ def read_headers(path: Path, stem: str = STEM) -> dict[str, Entry]:
     if path.is_dir():
         found = [path / name for name in (single, index) if (path / name).is_file()]
         if not found:
-            raise CheckpointError(f"{path} has neither {single} nor {index}; give a folder with safetensors weights")
+            raise CheckpointError(f"{path}: has neither {single} nor {index}; give a folder with safetensors weights")
         path = found[0]
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give a folder, a .safetensors file or its index")
-    if path.suffix != ".json":
+        raise CheckpointError(f"{path}: does not exist; give a folder, a .safetensors file or its index")
+    if path.suffix == ".safetensors":
         return read_header(path)[0]
+    if path.suffix != ".json":
+        raise CheckpointError(f"{path}: expected a .safetensors file or its index (.json)")
     listed_of: dict[str, set[str]] = {}
     for name, file_name in _read_index(path).items():
         listed_of.setdefault(file_name, set()).add(name)
@@ -164,7 +168,7 @@ def _read_index(path: Path) -> dict[str, str]:
         items = dict(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a safetensors index (JSON with a weight_map): {type(error).__name__}: {error}"
+            f"{path}: not a safetensors index (JSON with a weight_map): {type(error).__name__}: {error}"
         ) from error
     for name, file_name in items.items():
         if not isinstance(file_name, str) or not is_inside(file_name) or not file_name.endswith(".safetensors"):

@@ -48,7 +48,7 @@ TWICE = f'{{"w": {json.dumps(entry(0, 4, [1]))}, "w": {json.dumps(entry(4, 8, [1
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors is not a readable safetensors file") as caught:
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: not a readable safetensors file") as caught:
         read_header(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
 

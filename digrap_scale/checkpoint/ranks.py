@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from digrap_scale import errors
-from digrap_scale.errors import DigrapError, PeerError
+from digrap_scale.errors import DigrapError, PeerError, brief
 
 Result = TypeVar("Result")
 
@@ -61,7 +61,7 @@ class Ranks:
         except DigrapError as error:
             failure, cause = (type(error).__name__, str(error).splitlines()), error
         except Exception as error:  # a bug, say: the others must not wait for this rank
-            failure, cause = ("PeerError", [f"{type(error).__name__}: {error}"]), error
+            failure, cause = ("PeerError", [f"{type(error).__name__}: {brief(error)}"]), error
         gathered: list[Any] = [(result, failure)]
         if self.group is not None:
             gathered = [None] * self.size

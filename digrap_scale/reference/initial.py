@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from digrap_scale.file_names import loaded_names
-from digrap_scale.reference.store import SINGLE_NAME, SafetensorsReader
+from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.types import StoredWeights
 
 
@@ -17,7 +17,6 @@ def open_weights(folder: Path, model: nn.Module) -> StoredWeights:
     Raises:
         CheckpointError: no safetensors, or damaged ones.
     """
-    single = folder / SINGLE_NAME
-    reader = SafetensorsReader(single if single.is_file() else folder)  # transformers takes the single file first too
+    reader = SafetensorsReader(folder)
     file_names, converted = loaded_names(model, reader.names())
     return StoredWeights(reader.shapes, file_names, converted, reader.read)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,86 +11,45 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from digrap_scale.errors import CheckpointError
+from digrap_scale.safetensors_file import read_headers
 from digrap_scale.types import ShardSpec
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 COMPARED_ELEMENTS = 1 << 24
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsReader:
     """Named tensors of a checkpoint: one safetensors file, an ``…index.json``, or a folder that holds either.
 
-    Files are memory-mapped; nothing is read before ``read``.
+    Headers are checked at once (``safetensors_file.read_headers``); files are memory-mapped, and no data are read before
+    ``read``.
 
     Raises:
-        CheckpointError: no such file, a damaged file, an index that names a missing file or one outside its folder.
+        CheckpointError: no such file, a damaged file, an index that does not fit its files.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._entries = read_headers(self.path)
         self._handles: dict[Path, Any] = {}
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-        self._file_of: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for file, expected in self._files():
-            handle = self._open(file)
-            names = set(handle.keys())
-            if expected is not None and not expected <= names:
-                raise CheckpointError(f"{file}: lacks {sorted(expected - names)[0]!r}, which the index says it holds")
-            for name in names if expected is None else expected:
-                piece = handle.get_slice(name)
-                self._file_of[name] = file
-                self.shapes[name] = tuple(piece.get_shape())
-                self.dtypes[name] = str(piece.get_dtype())
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.code for name, entry in self._entries.items()}
 
-    def _files(self) -> list[tuple[Path, set[str] | None]]:
-        path = self.path
-        if path.is_dir():
-            found = [path / name for name in (INDEX_NAME, SINGLE_NAME) if (path / name).is_file()]
-            if not found:
-                raise CheckpointError(f"{path}: expected {SINGLE_NAME} or {INDEX_NAME} in this folder, found neither")
-            path = found[0]
-        if not path.is_file():
-            raise CheckpointError(f"{path}: expected a safetensors file, an index or a folder, found nothing there")
-        if path.suffix == ".safetensors":
-            return [(path, None)]
-        if not path.name.endswith(".json"):
-            raise CheckpointError(f"{path}: expected a .safetensors file or an index (.json)")
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            names_of: dict[str, set[str]] = {}
-            for name, file in weight_map.items():
-                if not isinstance(file, str):
-                    raise TypeError(f"{name!r} is mapped to {file!r}")
-                names_of.setdefault(file, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: expected an index with a weight_map of names to files ({error})") from error
-        for file in names_of:
-            if Path(file).name != file:
-                raise CheckpointError(
-                    f"{path}: names the file {file!r}; expected a plain name in the index's own folder"
-                )
-            if not (path.parent / file).is_file():
-                raise CheckpointError(f"{path}: names the file {file!r}, which is missing")
-        return [(path.parent / file, names) for file, names in sorted(names_of.items())]
-
-    def _open(self, file: Path) -> Any:
+    def _handle(self, name: str) -> Any:
+        file = self._entries[name].file
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(str(file), framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+                raise CheckpointError(f"{file}: cannot be read any more ({error})") from error
         return self._handles[file]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._entries
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._entries)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor ``name``, in its stored dtype: [stop − start].
@@ -102,7 +60,7 @@ class SafetensorsReader:
         numel = math.prod(shape)
         stop = numel if stop is None else stop
         assert 0 <= start <= stop <= numel, f"[{start}, {stop}) of {name} with {numel} elements"
-        handle = self._handles[self._file_of[name]]
+        handle = self._handle(name)
         if not shape or start == stop:
             return handle.get_tensor(name).reshape(-1)[start:stop] if not shape else self._empty(handle, name)
         piece = handle.get_slice(name)
@@ -121,29 +79,20 @@ class SafetensorsReader:
     def locate(self, name: str) -> tuple[Path, int, torch.dtype]:
         """The file that holds ``name``, the byte where its data begin there, and its dtype.
 
-        The format is public: eight bytes (little-endian) give the header's length, the header is JSON, and offsets in it
-        count from the header's end. safetensors itself has no call that tells them.
-
         Raises:
-            CheckpointError: a dtype that torch has no floating type for.
+            CheckpointError: a dtype that is not one of torch's plain floating types.
         """
-        file, offset, _ = self.extent(name)
-        if self.dtypes[name] not in _DTYPES:
+        entry = self._entries[name]
+        if entry.code not in _FLOATS:
             raise CheckpointError(
-                f"{file}: {name}: expected one of {', '.join(_DTYPES)}, found dtype {self.dtypes[name]}"
+                f"{entry.file}: {name}: expected one of {', '.join(_FLOATS)}, found dtype {entry.code}"
             )
-        return file, offset, _DTYPES[self.dtypes[name]]
+        return entry.file, entry.offset, entry.dtype
 
     def extent(self, name: str) -> tuple[Path, int, int]:
         """The file that holds ``name``, the byte where its data begin there, and how many bytes they are."""
-        file = self._file_of[name]
-        if file not in self._headers:
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                self._headers[file] = (8 + length, json.loads(opened.read(length)))
-        data, header = self._headers[file]
-        first, last = header[name]["data_offsets"]
-        return file, data + int(first), int(last) - int(first)
+        entry = self._entries[name]
+        return entry.file, entry.offset, entry.size_bytes
 
     @staticmethod
     def _empty(handle: Any, name: str) -> torch.Tensor:

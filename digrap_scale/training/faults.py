@@ -210,8 +210,8 @@ class Watch(Nobody):
         for rank in silent:
             seen = self._seen.get(rank)
             place = _parse(seen.beat) if seen is not None else None
-            where = f" in step {place[0]}, {place[2]}" if place is not None else ""
-            words.append(f"rank {rank} is dead or stopped (last seen{where})")
+            where = f" (last seen in step {place[0]}, {place[2]})" if place is not None else ""
+            words.append(f"rank {rank} is dead or stopped{where}")
         return ", ".join(words)
 
     def _behind(self, step: int) -> str:

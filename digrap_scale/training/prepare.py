@@ -75,7 +75,9 @@ def prepare_folder(folder: Path, config: Config) -> Start:
         refuse(problems)
         if earlier and not goes_on:
             shutil.rmtree(folder.resolve())
-            start = Start(start.checkpoint)
+            start = Start(
+                None if config.checkpoint.resume == AUTO else start.checkpoint
+            )  # auto's is gone with the rest
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.folder: {folder} cannot be made ready ({error})") from error

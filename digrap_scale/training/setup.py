@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from digrap_scale import errors
 from digrap_scale.config.schema import Config
-from digrap_scale.errors import ConfigError, DigrapError, PeerError
+from digrap_scale.errors import ConfigError, DigrapError, PeerError, brief
 
 Result = TypeVar("Result")
 
@@ -146,7 +146,7 @@ def peer_errors(diagnosis: Callable[[], str] = lambda: "another process failed o
         yield
     except RuntimeError as error:  # gloo raises plain ones; NCCL DistBackendError, a subclass
         if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
-            raise PeerError(f"{diagnosis()} ({str(error).strip().splitlines()[0]})") from error
+            raise PeerError(f"{diagnosis()} ({brief(error)})") from error
         raise
 
 

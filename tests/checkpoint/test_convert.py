@@ -261,7 +261,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("dcp", lambda f: cut(f / "__1_0.distcp"), r"__1_0\.distcp"),
     ("dcp", drop_chunk, "a.weight: expected 15 elements, found 12 in its parts"),
     ("dcp", lambda f: (f / ".metadata").write_bytes(pickle.dumps(Hostile(f / "proof"))), r"refused: it names (posix|os)\.system"),
-    ("safetensors", lambda f: cut(f / "model.safetensors"), "model.safetensors is not a readable safetensors file"),
+    ("safetensors", lambda f: cut(f / "model.safetensors"), "model.safetensors: not a readable safetensors file"),
     ("safetensors", lambda f: (f / "model.safetensors").unlink(), "no checkpoint of a known format"),
 ]  # fmt: skip
 

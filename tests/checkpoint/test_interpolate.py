@@ -172,9 +172,9 @@ def test_quantised_weights_are_refused(tmp_path):
         ('{"weight_map": {"w": 3}}', "tensor w points to 3"),
         ('{"weight_map": {"w": "gone.safetensors"}}', "w is in gone.safetensors, which is missing"),
         ('{"weight_map": {"v": "part.safetensors"}}', "listed: v; stored: w"),
-        ('{"weight_map": []}', "is not a safetensors index"),
-        ("[", "is not a safetensors index"),
-        ("[" * 100_000, "is not a safetensors index"),
+        ('{"weight_map": []}', ": not a safetensors index"),
+        ("[", ": not a safetensors index"),
+        ("[" * 100_000, ": not a safetensors index"),
     ],
 )
 def test_bad_indexes_are_refused(tmp_path, index, message):
@@ -190,12 +190,12 @@ def test_unreadable_weights(tmp_path):
     a = save(tmp_path / "a", tensors(0))
     b = save(tmp_path / "b", tensors(1))
     (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"a/model.safetensors is not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match=r"a/model.safetensors: not a readable safetensors file"):
         interpolate(a, b, tmp_path / "out", [0.5])
     (a / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match="a has neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match="a: has neither model.safetensors nor"):
         interpolate(a, b, tmp_path / "out", [0.5])
-    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+    with pytest.raises(CheckpointError, match="nowhere: does not exist"):
         interpolate(tmp_path / "nowhere", b, tmp_path / "out", [0.5])
 
 

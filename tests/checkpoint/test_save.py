@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -122,6 +123,48 @@ def test_disk_full(limit: int, asynchronous: bool, tmp_path: Path) -> None:
     open_checkpoint(layout.step_folder(tmp_path, 10))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path, left: int) -> None:
+    """Somebody else takes the room, but for so many bytes."""
+    with (disk / "others").open("ab") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - left))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_disk_that_is_full(when: str, asynchronous: bool, small_disk: Path) -> None:
+    """Before the save, which then does not begin; or after it looked for room, so that the tensors' own file fails."""
+    save(small_disk, 10)
+    whole = contents(20, rows=4096)
+    if when == "before":
+        fill(small_disk, left=1 << 20)
+    else:
+        whole.write_model = lambda _: fill(small_disk, left=50_000)
+    one = saver(small_disk, asynchronous=asynchronous)
+    with pytest.raises(SaveError, match=r"disk full saving .*step-20.*; step-10 is intact") as caught:
+        one.save(whole)
+        one.wait()
+    one.close()
+    assert caught.value.exit_code == 4 and ("free in" in str(caught.value)) == (when == "before")
+    assert list(layout.found_steps(small_disk)) == [10], "half a checkpoint is left"
+    open_checkpoint(layout.step_folder(small_disk, 10))
+    (small_disk / "others").unlink()
+    save(small_disk, 20)
+
+
 def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 10)
     usage = shutil.disk_usage(tmp_path)
@@ -214,6 +257,10 @@ def test_a_hostile_pickle_runs_nothing(file: str, two: Path, tmp_path: Path) -> 
     folder, marker = layout.step_folder(two, 20), tmp_path / "ran"
     if file.endswith("distcp"):
         torch.save(Evil(marker), folder / file)
+        metadata = pickle.loads((folder / "dcp/.metadata").read_bytes())  # noqa: S301  our own
+        for place in metadata.storage_data.values():
+            place.length = (folder / file).stat().st_size
+        (folder / "dcp/.metadata").write_bytes(pickle.dumps(metadata))
     else:
         (folder / file).write_bytes(pickle.dumps(Evil(marker)))
     recommit(folder)

@@ -5,7 +5,7 @@
 (between COMMITTED and what follows), "removal" (of an older checkpoint). With "once", a file's name, it strikes once.
 
 ``CHAOS`` (JSON): {"kills": 50, "seed": 0, "noted": a file}: under ``torchrun --max-restarts``, a fault that is drawn anew
-for each of the first so many starts: SIGKILL on some rank, one to four steps after where it began.
+at every start until so many have struck: SIGKILL on some rank, one to four steps after where it began.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Fault:
             Path(fault["once"]).touch()
         if "noted" in fault:
             with Path(fault["noted"]).open("a") as file:
-                file.write(f"step {self.step}, rank {fault['rank']}, {at}\n")
+                start = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
+                file.write(f"start {start}: step {self.step}, rank {fault['rank']}, {at}\n")
         os.kill(os.getpid(), getattr(signal, fault["do"]))
 
 
@@ -97,11 +98,11 @@ def install(fault: Fault) -> None:
 
 
 def drawn(chaos: dict[str, Any]) -> dict[str, Any] | None:
-    """The fault of this start."""
-    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if start >= chaos["kills"]:
+    """The fault of this start. All ranks read how many there were before any of them can be struck."""
+    struck = len(Path(chaos["noted"]).read_text().splitlines())
+    if struck >= chaos["kills"]:
         return None
-    draw = random.Random(f"{chaos['seed']}/{start}")
+    draw = random.Random(f"{chaos['seed']}/{struck}")
     at = draw.choice(PLACES)
     rank = 0 if at in OF_RANK_0 else draw.randrange(int(os.environ["WORLD_SIZE"]))
     return {"rank": rank, "after": draw.randint(1, 4), "at": at, "do": "SIGKILL", "noted": chaos["noted"]}

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from digrap_scale.errors import CheckpointError
-from digrap_scale.reference.store import INDEX_NAME, SafetensorsReader, load_slices
+from digrap_scale.reference.store import SafetensorsReader, load_slices
 from digrap_scale.types import ShardSpec
 
+INDEX_NAME = "model.safetensors.index.json"
 SHAPES = {
     "scalar": (),
     "one": (1,),
@@ -85,13 +86,13 @@ def test_only_the_touched_rows_are_read(reader: SafetensorsReader, monkeypatch: 
             asked.append(got.numel())
             return got
 
-    handle = reader._handles[reader._file_of["conv"]]
+    handle = reader._handle("conv")
 
     class Handle:
         def get_slice(self, name: str) -> Slice:
             return Slice(handle.get_slice(name))
 
-    monkeypatch.setitem(reader._handles, reader._file_of["conv"], Handle())
+    monkeypatch.setitem(reader._handles, reader.extent("conv")[0], Handle())
     reader.read("conv", 41, 44)  # inside one row: no more than asked for
     reader.read("conv", 38, 62)  # across two of dim 0: those two
     assert asked == [3, 80]
@@ -196,20 +197,20 @@ def bad_bytes(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (bad_missing, "nothing.safetensors: expected a safetensors file, an index or a folder, found nothing there"),
-        (bad_empty_folder, "void: expected model.safetensors or model.safetensors.index.json in this folder"),
-        (bad_kind, "model.bin: expected a .safetensors file or an index"),
+        (bad_missing, "nothing.safetensors: does not exist; give a folder, a .safetensors file or its index"),
+        (bad_empty_folder, "void: has neither model.safetensors nor model.safetensors.index.json"),
+        (bad_kind, "model.bin: expected a .safetensors file or its index"),
         (bad_truncated, "two.safetensors: not a readable safetensors file"),
         (bad_header, "two.safetensors: not a readable safetensors file"),
-        (bad_outside, "names the file '../x.safetensors'; expected a plain name"),
-        (bad_absolute, "one.safetensors'; expected a plain name"),
-        (bad_file_of_index, "names the file 'three.safetensors', which is missing"),
-        (bad_name_of_index, "one.safetensors: lacks 'z', which the index says it holds"),
-        (bad_json, "expected an index with a weight_map"),
-        (bad_index_kind, "expected an index with a weight_map"),
-        (bad_map_kind, "expected an index with a weight_map"),
-        (bad_map_value, "expected an index with a weight_map"),
-        (bad_bytes, "expected an index with a weight_map"),
+        (bad_outside, "tensor a points to '../x.safetensors'; expected a .safetensors file inside the folder"),
+        (bad_absolute, "one.safetensors'; expected a .safetensors file inside the folder"),
+        (bad_file_of_index, "tensor a is in three.safetensors, which is missing"),
+        (bad_name_of_index, "one.safetensors does not hold what the index lists; listed: z; stored: b"),
+        (bad_json, "not a safetensors index (JSON with a weight_map)"),
+        (bad_index_kind, "not a safetensors index (JSON with a weight_map)"),
+        (bad_map_kind, "not a safetensors index (JSON with a weight_map)"),
+        (bad_map_value, "tensor a points to 3; expected a .safetensors file"),
+        (bad_bytes, "not a safetensors index (JSON with a weight_map)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -71,6 +71,15 @@ def test_another_config_does_not_go_on(broken: tuple[Path, dict[str, Any]]) -> N
         run_here(values)
 
 
+def test_overwritten_it_starts_over(broken: tuple[Path, dict[str, Any]]) -> None:
+    """The checkpoint that was found goes with the folder."""
+    folder, values = broken
+    values["run"]["overwrite"] = True
+    values["optimizer"]["learning_rate"] = 2e-3
+    assert len(run_here(values)) == 6
+    assert "resumed" not in (folder / "messages.log").read_text()
+
+
 def test_unless_it_is_asked_to(broken: tuple[Path, dict[str, Any]]) -> None:
     folder, values = broken
     values["optimizer"]["learning_rate"] = 1e-2
