@@ -123,12 +123,35 @@ def test_packed_turns_are_answered_as_if_alone() -> None:
     assert together == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
 
 
-def test_tiles_are_put_together_in_the_towers_order() -> None:
+def test_tiles_are_put_together_as_the_tower_reads_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align, "FEATURE_DROPOUT", 0.0)
+    torch.manual_seed(0)
+    model, processor = LlavaForConditionalGeneration(vlm.make_config()).eval(), vlm.make_processor()
+    rng = random.Random(0)
+    cells = [Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3)) for _ in range(4)]
+    page = Image.new("RGB", (128, 128))
+    for number, cell in enumerate(cells):
+        page.paste(cell, (number % 2 * 64, number // 2 * 64))
     features = align.TileFeatures.__new__(align.TileFeatures)
-    # Four tiles of four tokens, each token telling tile and place.
-    features.tokens_VNC = torch.arange(16.0).reshape(4, 4, 1).bfloat16()
-    tokens = features.tokens(torch.tensor([[0, 1, 2, 3]])).reshape(4, 4)
-    assert tokens.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    features.tokens_VNC = align.tile_tokens(model, processor, cells)
+    pixels = processor.image_processor(images=[page], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.model.vision_tower(pixels).last_hidden_state
+    torch.testing.assert_close(features.tokens(torch.tensor([[0, 1, 2, 3]])), expected, rtol=0.01, atol=0.01)
+
+
+def test_form_of_a_question_does_not_tell_its_answer() -> None:
+    split = pg.make_split()
+    concepts, rng = tiles_of.concepts_of(split, "train"), random.Random(0)
+    counts: dict[tuple[str, str], int] = {}
+    for _ in range(400):
+        for question, answer in align.dialogue(scenes.draw_scene(rng, concepts), split.label, rng):
+            if answer in ("yes", "no") and question.startswith("is there"):
+                form = "cell" if " in the " in question else "page"
+                counts[form, answer] = counts.get((form, answer), 0) + 1
+    for form in ("page", "cell"):
+        share = counts[form, "yes"] / (counts[form, "yes"] + counts[form, "no"])
+        assert 0.4 < share < 0.6, (form, share)
 
 
 def test_answers_of_easy_vqa_tell_their_type() -> None:
