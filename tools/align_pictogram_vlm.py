@@ -187,7 +187,9 @@ def encode(processor: LlavaProcessor, turns: list[tuple[str, str]]) -> Packed:
     return packed
 
 
-def teach_words(model: LlavaForConditionalGeneration, processor: LlavaProcessor, features: TileFeatures, log: IO[str]) -> None:
+def teach_words(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, features: TileFeatures, log: IO[str]
+) -> None:
     """Train projector and embeddings so that a tile's projected tokens read as words, through the language model's last
     norm and head: those of its name, its class and its cell. What the language model then learns is to answer from words.
     """
