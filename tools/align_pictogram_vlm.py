@@ -195,7 +195,7 @@ def teach_words(
     """
     rng = random.Random(SEED)
     kinds = pg.make_split().label
-    size = model.config.text_config.vocab_size
+    size = len(vlm.vocabulary())
 
     def shares(*texts: str) -> torch.Tensor:
         share = torch.zeros(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from pathlib import Path
@@ -138,6 +139,25 @@ def test_tiles_are_put_together_as_the_tower_reads_a_page(monkeypatch: pytest.Mo
     with torch.no_grad():
         expected = model.model.vision_tower(pixels).last_hidden_state
     torch.testing.assert_close(features.tokens(torch.tensor([[0, 1, 2, 3]])), expected, rtol=0.01, atol=0.01)
+
+
+def test_projected_tiles_read_as_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORD_STEPS": 80, "WORD_TILES": 24, "WARMUP_STEPS": 5}.items():
+        monkeypatch.setattr(align, name, value)
+    torch.manual_seed(0)
+    model, processor = LlavaForConditionalGeneration(vlm.make_config()).eval(), vlm.make_processor()
+    features = align.TileFeatures.__new__(align.TileFeatures)
+    features.tokens_VNC = torch.randn(3, 4, 1280).bfloat16()
+    features.rows = {("noto", "owl"): [0], ("noto", "banana"): [1]}
+    log = io.StringIO()
+    align.teach_words(model, processor, features, log)
+    of_bottom_right = [10, 11, 14, 15]
+    tokens = features.tokens_VNC[:2].float() + vlm.PLACE_SCALE * align.PAGE_CODE[of_bottom_right]
+    with torch.no_grad():
+        seen = model.model.language_model.norm(model.model.multi_modal_projector(tokens).mean(dim=1))
+        read = model.lm_head(seen).topk(4).indices
+    words = [set(processor.tokenizer.convert_ids_to_tokens(row)) for row in read.tolist()]
+    assert words == [{"owl", "bird", "bottom", "right"}, {"banana", "fruit", "bottom", "right"}]
 
 
 def test_form_of_a_question_does_not_tell_its_answer() -> None:
