@@ -32,6 +32,7 @@ from digrap_scale.models.towers.token_tower import TOKEN_PIXELS
 PAGE = 2 * scenes.TILE
 IMAGE_TOKENS = (PAGE // TOKEN_PIXELS) ** 2
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+PLACE_SCALE = 0.5  # about the features' own standard deviation (0.58)
 SPECIAL = (PAD, BOS, EOS, UNKNOWN, IMAGE)
 # easy-vqa, the far set, asks in words of its own; they have rows of the embedding, but are never trained.
 FAR_WORDS = (
@@ -41,10 +42,11 @@ FAR_WORDS = (
 LANGUAGE_MODEL: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
+    "initializer_range": 0.06,  # about 1/√width; Llama's 0.02 is for wider models
 }
 # LLaVA-1.5's turns
 CHAT_TEMPLATE = (
@@ -124,7 +126,7 @@ def make_config() -> LlavaConfig:
     }
     text = LlamaConfig(vocab_size=len(tokens), tie_word_embeddings=True, **LANGUAGE_MODEL, **ids)
     return LlavaConfig(
-        vision_config=EfficientNetLiteTokensConfig(window_pixels=scenes.TILE),
+        vision_config=EfficientNetLiteTokensConfig(window_pixels=scenes.TILE, place_scale=PLACE_SCALE),
         text_config=text,
         image_token_index=tokens.index(IMAGE),
         image_seq_length=IMAGE_TOKENS,

@@ -1,10 +1,9 @@
-"""The whole recipe of the small VLM: shards, two phases, keep, score.
+"""The whole recipe of the small VLM: train, keep, score.
 
-    python tools/pretrain_pictogram_vlm.py [--packages runs/packages] [--out FOLDER] [--align-steps N] [key=value …]
+    python tools/pretrain_pictogram_vlm.py [--packages runs/packages] [--out FOLDER] [--from keep]
 
-Needs npm and resvg-py, and a registry for the first run. The second phase is
-``digrap-scale train configs/pretrain/pictogram_vlm.yaml`` (overrides are passed on); both run on
-``--processes`` processes. Paths lie under ``runs/pictogram_vlm``. ``--from keep`` starts at a later step.
+Needs npm and resvg-py, and a registry for the first run. Training is ``tools/align_pictogram_vlm.py``. Paths lie under
+``runs/pictogram_vlm``. ``--from keep`` starts at a later step.
 """
 
 from __future__ import annotations
@@ -23,19 +22,22 @@ from transformers import AutoModelForImageTextToText
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import align_pictogram_vlm as align
 import pictogram_vlm as vlm
 from pretrain_foundation import ROOT, run_python
 
 import digrap_scale.models.towers  # noqa: F401  (makes the image tower known to transformers)
 
-CONFIG = "configs/pretrain/pictogram_vlm.yaml"
 WORK = Path("runs/pictogram_vlm")
 ASSETS = Path("digrap_scale/demo/assets")
-STEPS = ("shards", "align", "train", "keep", "score")
+STEPS = ("align", "keep", "score")
 PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pillow", "resvg_py")
+SETTINGS = (
+    "SEED VARIANTS FEATURE_DROPOUT WORD_STEPS WORD_TILES CELL_SHARE BATCH_PAGES LEARNING_RATE BETAS WEIGHT_DECAY "
+    "WARMUP_STEPS MAX_GRAD_NORM CAPTION_SHARE ASKED"
+).split()
 WEIGHTS_FILE = "model.safetensors"
 SCORED_SAMPLES = 200
-ALIGN_STEPS = 1500
 # The sets that tell of pre-training: name → whether its style was seen.
 SCORED = {
     "colour-styles": "seen",
@@ -57,7 +59,7 @@ def keep(trained: Path, out: Path) -> None:
         SystemExit: it has no weights.
     """
     if not (trained / WEIGHTS_FILE).exists():
-        raise SystemExit(f"error: {trained / WEIGHTS_FILE}: not found; let the phases before finish first")
+        raise SystemExit(f"error: {trained / WEIGHTS_FILE}: not found; let the training before finish first")
     model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -69,27 +71,27 @@ def keep(trained: Path, out: Path) -> None:
     vlm.make_processor().save_pretrained(out)
 
 
-def recipe(out: Path, scores: dict[str, Any], logs: list[list[str]]) -> str:
-    """RECIPE.md: what was done, versions, hash, accuracy, and lines of the phases' logs."""
+def recipe(out: Path, scores: dict[str, Any], log: list[str]) -> str:
+    """RECIPE.md: what was done, versions, hash, accuracy, and lines of the log."""
     digest = hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest()
     versions = "\n".join(f"- {name} {version(name)}" for name in PACKAGES)
     size = (out / WEIGHTS_FILE).stat().st_size
-    names = ("First", "Second")
-    phases = "\n\n".join(
-        f"{name} phase:\n\n```\n" + "\n".join(picked(log)) + "\n```" for name, log in zip(names, logs, strict=True)
-    )
+    parameters = sum(weight.numel() for weight in AutoModelForImageTextToText.from_pretrained(out).parameters())
+    log_lines, steps = "\n".join(picked(log, 16)), json.loads(log[-1])["step"]
+    settings = "\n".join(f"- `{name}` {getattr(align, name)}" for name in SETTINGS)
     return f"""# How this model was made
 
-A LLaVA (`LlavaForConditionalGeneration` of transformers) of 5.6 M parameters: the EfficientNet-Lite0 image tower of the
-foundation model beside it (`../foundation`), LLaVA's two-layer projector, and a Llama of 4 layers, 192 wide, with tied
-embeddings of {len(vlm.vocabulary())} words. A page of 128 × 128 pixels gives {vlm.IMAGE_TOKENS} image tokens.
+A LLaVA (`LlavaForConditionalGeneration` of transformers) of {parameters / 1e6:.1f} M parameters: the EfficientNet-Lite0
+image tower of the foundation model beside it (`../foundation`), LLaVA's two-layer projector, and a Llama of
+{vlm.LANGUAGE_MODEL["num_hidden_layers"]} layers, {vlm.LANGUAGE_MODEL["hidden_size"]} wide, with tied embeddings of
+{len(vlm.vocabulary())} words. A page of 128 × 128 pixels gives {vlm.IMAGE_TOKENS} image tokens.
 
-Pre-training, on pages of one to four pictograms (`docs/pictogram_vqa.md`) in the styles noto, noto-v1, twemoji,
-fluent-emoji, fluent-emoji-flat and emojione, some of them turned into greys or outlines; training concepts only:
+Pre-training (`tools/align_pictogram_vlm.py`), on pages of one to four pictograms (`docs/pictogram_vqa.md`) in the styles
+noto, noto-v1, twemoji, fluent-emoji, fluent-emoji-flat and emojione, some of them turned into greys or outlines; training
+concepts only. The tower stays as it is; its tokens of every tile are computed once.
 
-1. projector and language model on the frozen tower, whose tokens of each pictogram are computed once
-   (`tools/align_pictogram_vlm.py`; its constants are the hyper-parameters);
-2. everything, on whole pages with one question or caption each, through `digrap-scale train {CONFIG}`.
+1. words: the projector's tokens of a tile are made to read as the words of its name, class and cell;
+2. dialogues: projector and language model, on questions of every form and captions.
 
 `fluent-emoji-high-contrast` (the style that the demo fine-tunes on), `emojione-monotone` and `openmoji` were never seen,
 nor were the held-out concepts in any style.
@@ -114,13 +116,22 @@ shares.
 
 {accuracy_table(scores)}
 
-## From the logs
+## Settings
 
-{phases}
+AdamW, linear warm-up and cosine; one process.
+
+{settings}
+- steps of dialogues: {steps}
+
+## From the log
+
+```
+{log_lines}
+```
 """
 
 
-def picked(lines: list[str], count: int = 10) -> list[str]:
+def picked(lines: list[str], count: int) -> list[str]:
     """``count`` lines, spread evenly, the first and the last among them."""
     if len(lines) <= count:
         return lines
@@ -148,23 +159,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where fetched packages are kept")
     parser.add_argument("--out", type=Path, default=ASSETS / "pictogram_vlm", help="folder to write")
-    parser.add_argument("--processes", type=int, default=2, help="of both phases")
     parser.add_argument("--from", dest="first", choices=STEPS, default=STEPS[0], help="step to start at")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, passed on to the second phase")
     options = parser.parse_args(arguments)
     packages, out = str(options.packages.resolve()), options.out.resolve()
     steps = STEPS[STEPS.index(options.first) :]
     make = "tools/make_pictogram_vqa.py"
-    if "shards" in steps:
-        run_python(make, "pretraining", "--packages", packages, "--out", f"{WORK}/shards")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes))
     if "align" in steps:
-        paths = ("--foundation", str(ASSETS / "foundation"), "--packages", packages, "--out", f"{WORK}/start")
-        run_python(*launcher, "tools/align_pictogram_vlm.py", *paths, "--steps", str(ALIGN_STEPS))
-    if "train" in steps:
-        run_python(*launcher, "-m", "digrap_scale", "train", CONFIG, *options.overrides)
+        paths = ("--foundation", str(ASSETS / "foundation"), "--packages", packages, "--out", f"{WORK}/trained")
+        run_python("tools/align_pictogram_vlm.py", *paths)
     if "keep" in steps:
-        keep(ROOT / WORK / "run" / "final", out)
+        keep(ROOT / WORK / "trained", out)
         run_python(make, "shipped", "--packages", packages)  # what this model answers wrongly
     sets, scores = f"{WORK}/sets", f"{WORK}/scores.json"
     samples = ("--samples", str(SCORED_SAMPLES))
@@ -172,10 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     run_python(make, "far", "--packages", packages, "--out", sets, *samples)
     told = ("--model", str(out), "--sets", sets, "--json", scores, "--names", *SCORED)
     run_python("tools/score_pictogram_vqa.py", *told)
-    names = ("start/align.jsonl", "run/metrics.jsonl")
-    logs = [(ROOT / WORK / name).read_text(encoding="utf-8").splitlines() for name in names]
+    log = (ROOT / WORK / "trained" / "align.jsonl").read_text(encoding="utf-8").splitlines()
     table = json.loads((ROOT / scores).read_text(encoding="utf-8"))
-    (out / "RECIPE.md").write_text(recipe(out, table, logs), encoding="utf-8")
+    (out / "RECIPE.md").write_text(recipe(out, table, log), encoding="utf-8")
     return 0
 
 

@@ -24,7 +24,6 @@ LORA = {
     "alpha": 16.0,
     "target_modules": r".*(language_model.*\.(q|k|v|o|gate|up|down)_proj|multi_modal_projector\.linear_\d)",
 }
-# At these rates plain fine-tuning forgets (docs/pictogram_vqa.md).
 LEARNING_RATES = {"full": 1e-3, "LoRA": 5e-3}
 
 

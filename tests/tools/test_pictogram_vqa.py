@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from pathlib import Path
@@ -123,12 +124,54 @@ def test_packed_turns_are_answered_as_if_alone() -> None:
     assert together == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
 
 
-def test_tiles_are_put_together_in_the_towers_order() -> None:
+def test_tiles_are_put_together_as_the_tower_reads_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align, "FEATURE_DROPOUT", 0.0)
+    torch.manual_seed(0)
+    model, processor = LlavaForConditionalGeneration(vlm.make_config()).eval(), vlm.make_processor()
+    rng = random.Random(0)
+    cells = [Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3)) for _ in range(4)]
+    page = Image.new("RGB", (128, 128))
+    for number, cell in enumerate(cells):
+        page.paste(cell, (number % 2 * 64, number // 2 * 64))
     features = align.TileFeatures.__new__(align.TileFeatures)
-    # Four tiles of four tokens, each token telling tile and place.
-    features.tokens_VNC = torch.arange(16.0).reshape(4, 4, 1).bfloat16()
-    tokens = features.tokens(torch.tensor([[0, 1, 2, 3]])).reshape(4, 4)
-    assert tokens.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    features.tokens_VNC = align.tile_tokens(model, processor, cells)
+    pixels = processor.image_processor(images=[page], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.model.vision_tower(pixels).last_hidden_state
+    torch.testing.assert_close(features.tokens(torch.tensor([[0, 1, 2, 3]])), expected, rtol=0.01, atol=0.01)
+
+
+def test_projected_tiles_read_as_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORD_STEPS": 80, "WORD_TILES": 24, "WARMUP_STEPS": 5}.items():
+        monkeypatch.setattr(align, name, value)
+    torch.manual_seed(0)
+    model, processor = LlavaForConditionalGeneration(vlm.make_config()).eval(), vlm.make_processor()
+    features = align.TileFeatures.__new__(align.TileFeatures)
+    features.tokens_VNC = torch.randn(3, 4, 1280).bfloat16()
+    features.rows = {("noto", "owl"): [0], ("noto", "banana"): [1]}
+    log = io.StringIO()
+    align.teach_words(model, processor, features, log)
+    of_bottom_right = [10, 11, 14, 15]
+    tokens = features.tokens_VNC[:2].float() + vlm.PLACE_SCALE * align.PAGE_CODE[of_bottom_right]
+    with torch.no_grad():
+        seen = model.model.language_model.norm(model.model.multi_modal_projector(tokens).mean(dim=1))
+        read = model.lm_head(seen).topk(4).indices
+    words = [set(processor.tokenizer.convert_ids_to_tokens(row)) for row in read.tolist()]
+    assert words == [{"owl", "bird", "bottom", "right"}, {"banana", "fruit", "bottom", "right"}]
+
+
+def test_form_of_a_question_does_not_tell_its_answer() -> None:
+    split = pg.make_split()
+    concepts, rng = tiles_of.concepts_of(split, "train"), random.Random(0)
+    counts: dict[tuple[str, str], int] = {}
+    for _ in range(400):
+        for question, answer in align.dialogue(scenes.draw_scene(rng, concepts), split.label, rng):
+            if answer in ("yes", "no") and question.startswith("is there"):
+                form = "cell" if " in the " in question else "page"
+                counts[form, answer] = counts.get((form, answer), 0) + 1
+    for form in ("page", "cell"):
+        share = counts[form, "yes"] / (counts[form, "yes"] + counts[form, "no"])
+        assert 0.4 < share < 0.6, (form, share)
 
 
 def test_answers_of_easy_vqa_tell_their_type() -> None:

@@ -14,6 +14,7 @@ from digrap_scale.models.towers import (
     EfficientNetLiteTokensConfig,
     EfficientNetLiteTokensModel,
 )
+from digrap_scale.models.towers.token_tower import place_code
 from tests.models.tiny import SMALL_STAGES
 
 SIZES = {"stages": SMALL_STAGES, "stem_channels": 4, "hidden_size": 16}
@@ -49,6 +50,25 @@ def test_windows_are_read_alone_and_put_together_in_order() -> None:
             torch.testing.assert_close(found, expected)
     with pytest.raises(ValueError, match="multiples of window_pixels"):
         tower(torch.zeros(1, 3, 8, 12))
+
+
+def test_places_on_the_page_are_told_apart_in_windows_of_the_same_content() -> None:
+    torch.manual_seed(0)
+    settings = {**SIZES, "window_pixels": 8}
+    plain = EfficientNetLiteTokensModel(EfficientNetLiteTokensConfig(**settings)).eval()
+    tower = EfficientNetLiteTokensModel(EfficientNetLiteTokensConfig(**settings, place_scale=0.5)).eval()
+    tower.load_state_dict(plain.state_dict())
+    pixels = torch.randn(1, 3, 8, 8).repeat(1, 1, 2, 3)  # six times the same window: 4 × 6 tokens
+    before, after = plain(pixels).last_hidden_state, tower(pixels).last_hidden_state
+    assert len(before[0].unique(dim=0)) == 4 and len(after[0].unique(dim=0)) == 24
+    added = ((after - before)[0] / 0.5).reshape(4, 6, 16)
+    torch.testing.assert_close(added[2, 5, :8], added[2, 0, :8])  # the row
+    torch.testing.assert_close(added[3, 4, 8:], added[0, 4, 8:])  # the column
+    # rows 0 … 3 at wavelengths 2π · 32^(0, ⅓, ⅔, 1): sines, then cosines
+    torch.testing.assert_close(added[3, 0, :4], torch.sin(3 / 32 ** (torch.arange(4) / 3)))
+    torch.testing.assert_close(added[3, 0, 4:8], torch.cos(3 / 32 ** (torch.arange(4) / 3)))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        place_code(2, 2, 18)
 
 
 def test_hidden_states_are_given_when_asked_for() -> None:
