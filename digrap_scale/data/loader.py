@@ -196,13 +196,14 @@ class TrainingLoader(Iterable[Batch]):
     """One rank's batches, without an end. ``len`` is those of an epoch (of a mixture: of as many samples as it has).
 
     Attributes:
-        bad_samples: samples that this rank has skipped since it was built.
+        bad_samples: samples that this rank has skipped; after a resume, and its share of those that were skipped before.
     """
 
     def __init__(self, batches: _TrainBatches, max_bad_samples: int, workers: Workers) -> None:
         self._batches, self._workers = batches, workers
         self._max_bad_samples = max_bad_samples
         self._cursor = batches.split.first()
+        self._world_size = batches.split.world_size
         self.bad_samples = 0
 
     def __len__(self) -> int:
@@ -238,8 +239,11 @@ class TrainingLoader(Iterable[Batch]):
         """Samples that each source of a mixture has given so far, over all ranks; {} where there is one source."""
         return self._batches.sources.given(self._batches.split.consumed(self._cursor))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, bad_samples: int | None = None) -> dict[str, Any]:
         """How far the run is: the same on every rank, and enough for any other world size. Take it between two steps.
+
+        Args:
+            bad_samples: the sum of the ranks' ``bad_samples``; None: this rank is the only one, or they are not to go on.
 
         ``epoch`` and ``position`` (samples of the epoch that all ranks together were handed) say where,
         ``lanes`` and ``block_samples`` how the present epoch is dealt out, the others what they are true of.
@@ -250,6 +254,7 @@ class TrainingLoader(Iterable[Batch]):
             "position": self._batches.split.consumed(self._cursor),
             "lanes": self._cursor.lanes,
             "block_samples": self._cursor.block_samples,
+            "bad_samples": bad_samples if bad_samples is not None else self.bad_samples if self._world_size == 1 else 0,
             **self._identity(),
         }
 
@@ -277,7 +282,13 @@ class TrainingLoader(Iterable[Batch]):
         if not all(isinstance(value, int) and value >= low for value, low in zip(place, (0, 0, 1, 1), strict=True)):
             raise CheckpointError(f"data state: expected epoch, position, lanes and block_samples, found {place}")
         epoch, position, lanes, block_samples = (int(value) for value in place if value is not None)
+        bad = state.get("bad_samples", 0)  # states of older versions lack it
+        if not isinstance(bad, int) or bad < 0:
+            raise CheckpointError(f"data state: expected bad_samples of 0 or more, found {bad!r}")
         self._cursor = self._batches.split.settle(Cursor(epoch, position, 0, lanes, block_samples))
+        # Dealt out evenly: their sum goes on, and so does the cap, whatever the number of ranks.
+        rank, ranks = self._batches.rank, self._world_size
+        self.bad_samples = bad * (rank + 1) // ranks - bad * rank // ranks
 
     def _identity(self) -> dict[str, Any]:
         """What a place depends on."""

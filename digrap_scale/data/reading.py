@@ -37,6 +37,9 @@ def decode_image(data: bytes, where: str) -> Image.Image:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 return Image.alpha_composite(white, image).convert("RGB")
+            if image.mode == "RGB":  # to convert it would copy all pixels
+                image.load()
+                return image
             return image.convert("RGB")
     except Exception as error:  # decoders raise almost anything on damaged input
         raise SampleError(f"{where}: the image cannot be decoded: {type(error).__name__}: {error}") from error

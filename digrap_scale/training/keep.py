@@ -66,7 +66,9 @@ class Keeper:
         stop = bool(wishes & _STOP)
         if stop or self._due(step):
             self.watch.at(step, "saving a checkpoint")
-            self._saver.save(self._state.contents(step, self._batches.state_dict()), wait=stop)
+            bad_samples = sum(self._ranks.together(lambda: self._batches.bad_samples))
+            data = self._batches.state_dict(bad_samples)
+            self._saver.save(self._state.contents(step, data), wait=stop)
         if stop:
             raise Preempted(f"preempted; saved step {step}")
 

@@ -271,6 +271,30 @@ def test_bad_samples_have_a_cap(damaged: ShardSet) -> None:
         take(build(damaged))
 
 
+def test_bad_samples_go_on_after_a_resume(damaged: ShardSet) -> None:
+    """Their sum, over any number of ranks, and the cap."""
+    before = build(damaged, on_bad_sample="skip", batch_samples=2)
+    take(before)
+    state = json.loads(json.dumps(before.state_dict()))
+    assert state["bad_samples"] == 5
+    for ranks in (1, 2, 3):
+        loaders = [build(damaged, rank, ranks, on_bad_sample="skip", batch_samples=2) for rank in range(ranks)]
+        for loader in loaders:
+            loader.load_state_dict(state)
+        assert sum(loader.bad_samples for loader in loaders) == 5
+        states = [loader.state_dict(bad_samples=5) for loader in loaders]
+        assert states == states[:1] * ranks and states[0]["bad_samples"] == 5, "one rank's state is enough"
+    capped = build(damaged, on_bad_sample="skip", max_bad_samples=6, batch_samples=2)
+    capped.load_state_dict(state)
+    with pytest.raises(ConfigError, match="data.max_bad_samples: expected at most 6"):
+        take(capped)
+    old = {key: value for key, value in state.items() if key != "bad_samples"}
+    capped.load_state_dict(old)
+    assert capped.bad_samples == 0
+    with pytest.raises(CheckpointError, match="expected bad_samples of 0 or more, found 'x'"):
+        capped.load_state_dict({**state, "bad_samples": "x"})
+
+
 def test_samples_that_the_task_refuses_are_skipped_too(tmp_path: Path) -> None:
     metas = [{"number": i} if i != 3 else {"label": "no number"} for i in range(8)]
 

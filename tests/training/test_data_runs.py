@@ -66,7 +66,8 @@ def test_a_mixture_with_bad_samples(
     skips = [message for message in caplog.messages if message.startswith("sample skipped: ")]
     assert last["bad_samples"] == len(skips) > 0 and last["source_samples"]["a"] < last["source_samples"]["b"]
     assert all(line["loss"] is not None for line in lines)
-    assert main(["train", write(tmp_path, values), "run.overwrite=true", "data.max_bad_samples=0"]) == 2
+    again = ["run.overwrite=true", "checkpoint.resume=never", "data.max_bad_samples=0"]
+    assert main(["train", write(tmp_path, values), *again]) == 2
     assert "data.max_bad_samples: expected at most 0" in capsys.readouterr().err
 
 
