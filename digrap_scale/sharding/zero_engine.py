@@ -213,14 +213,15 @@ class ZeroEngine(Engine):
             if scaler
             else {}
         )
-        return {"loss_scaler": plain} if plain else {}
+        return {"loss_scaler": plain, "skipped_steps": int(self.model.skipped_steps)} if plain else {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         if self._dtype == torch.float16:
             scaler = self.model.optimizer.loss_scaler
             for key, value in state.get("loss_scaler", {}).items():
-                if type(vars(scaler).get(key)) is type(value):
+                if isinstance(vars(scaler).get(key), (int, float)):  # a scale begins as int, and is float once halved
                     setattr(scaler, key, value)
+            self.model.skipped_steps = int(state.get("skipped_steps", 0))
 
     def native_writer(self) -> Callable[[Path], None] | None:
         # No `latest` file: which checkpoint counts is told by ours.

@@ -16,6 +16,7 @@ from digrap_scale.training import loop, run
 from digrap_scale.training.faults import StopRequest
 from digrap_scale.training.setup import Place
 from digrap_scale.types import Batch, TensorPart
+from tests.distributed.training_runs import allow_float16
 
 ASSETS = Path(__file__).parents[2] / "digrap_scale" / "demo" / "assets" / "pictograms"
 
@@ -55,6 +56,8 @@ def run_here(values: dict[str, Any]) -> list[list[str]]:
         return original(engine, batch)
 
     loop.prepared = noted
+    if values["sharding"].get("mixed_precision") == "float16":
+        overflow_at_first()
     try:
         with ExitStack() as watches:
             run._train(
@@ -63,6 +66,22 @@ def run_here(values: dict[str, Any]) -> list[list[str]]:
     finally:
         loop.prepared = original
     return keys
+
+
+def overflow_at_first() -> None:
+    """A loss scale with which the first steps of a float16 run overflow, on CPUs too."""
+    from digrap_scale.sharding.zero_engine import ZeroEngine
+
+    allow_float16()
+    original = ZeroEngine.deepspeed_config
+
+    def high(engine: ZeroEngine) -> dict[str, Any]:
+        found = original(engine)
+        found["fp16"] |= {"initial_scale_power": 18, "hysteresis": 1}
+        return found
+
+    if original.__name__ != "high":
+        ZeroEngine.deepspeed_config = high  # type: ignore[method-assign]
 
 
 def run_all(runs: dict[str, dict[str, Any]]) -> dict[str, list[list[str]]]:
