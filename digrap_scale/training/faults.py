@@ -112,7 +112,10 @@ class Watch(Nobody):
         self._period_s = min(_LONGEST_PERIOD_S, timeout_s / 10)
         self._place = (0, "starting", time.monotonic())
         self._beats = 0
-        self._seen: dict[int, _Seen] = {}
+        # All are known from the start: a rank that dies before its first exchange is missed too.
+        first = f"0|0|0|{self._place[1]}"
+        store.set(f"beat/{rank}", first)
+        self._seen = {other: _Seen(first.encode(), time.monotonic()) for other in range(size)}
         self._store_lost_since: float | None = None
         self._stop = threading.Event()
         self._last_resort: threading.Timer | None = None
