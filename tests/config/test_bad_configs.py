@@ -193,7 +193,7 @@ def bomb() -> str:
 def test_hostile_yaml_ends_in_one_line_and_soon(text: str) -> None:
     start = time.perf_counter()
     found = problems(text)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 60  # a hang, or an expansion without end
     assert len(found) == 1
     assert len(found[0]) < 400
 
