@@ -49,11 +49,11 @@ Trained = tuple[str, dict[str, Case], list[dict[str, Any]]]
         pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=marks)
         for backend, ranks, marks in [
             ("ddp", 2, ()),
-            ("fsdp2", 2, ()),
+            ("fsdp2", 2, pytest.mark.slow),
             ("fsdp2", 3, ()),
             ("zero1", 2, pytest.mark.slow),
             ("zero2", 3, ()),
-            ("zero3", 2, ()),
+            ("zero3", 2, pytest.mark.slow),
             ("zero3", 3, ()),
         ]
     ],
