@@ -81,7 +81,8 @@ def test_hybrid_sharding_with_offload(model: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_lora.py and test_vqa_adapters.py have the engines, test_faults.py a launcher
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_adapters(backend: str, model: Path, tmp_path: Path) -> None:
     """Trains on two processes, and plain PEFT loads what it saved; the head's reference is the checkpoint's."""
     lora = {"rank": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
