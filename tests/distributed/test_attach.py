@@ -579,7 +579,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
         "no file",
         call(reference="/nowhere/x.safetensors"),
         CheckpointError,
-        "/nowhere/x.safetensors: expected a safetensors file",
+        "/nowhere/x.safetensors: does not exist; give a folder, a .safetensors file or its index",
     ),
     ("lbfgs", lbfgs, ConfigError, "LBFGS takes new gradients within one step()"),
     ("differentiable", differentiable, ConfigError, "set differentiable=False"),
