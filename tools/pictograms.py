@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,18 @@ def related(concept: str, test: frozenset[str]) -> bool:
     return any(f"-{name}-" in f"-{concept}-" for name in test)
 
 
+def run_fetch(command: list[str], folder: Path, patterns: Iterable[str]) -> None:
+    """Run a package client's ``command`` in ``folder``, which then holds a file of each of ``patterns``.
+
+    Raises:
+        RuntimeError: it failed, or a file is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if run.returncode != 0 or not all(any(folder.glob(pattern)) for pattern in patterns):
+        raise RuntimeError(f"{' '.join(command)} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+
 def fetch(style: Style, folder: Path) -> Path:
     """The style's package as a tar file in ``folder``, fetched through the npm client unless it lies there already.
 
@@ -169,11 +182,7 @@ def fetch(style: Style, folder: Path) -> Path:
     """
     path = folder / f"{style.package.removeprefix('@').replace('/', '-')}-{style.version}.tgz"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", f"{style.package}@{style.version}"]
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if run.returncode != 0 or not path.exists():
-            raise RuntimeError(f"{' '.join(command)} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+        run_fetch(["npm", "pack", f"{style.package}@{style.version}"], folder, [path.name])
     found = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if found != style.sha512:
         raise RuntimeError(f"{path}: SHA-512 is {found}, expected {style.sha512}; remove the file and fetch again")

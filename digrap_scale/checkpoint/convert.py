@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from digrap_scale.checkpoint.atomic import atomic_folder
 from digrap_scale.checkpoint.formats import WRITERS, open_source
+from digrap_scale.checkpoint.formats.adapter import CONFIG
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.file_names import names_by_config
@@ -73,7 +74,7 @@ def convert(
     if merge_into == OWN_BASE:
         if opened.format == "adapter":
             raise ConfigError(f"--merge-adapter: {source} holds an adapter alone; name its base: --merge-adapter BASE")
-        from digrap_scale.checkpoint.merge import CONFIG, merge_own
+        from digrap_scale.checkpoint.merge import merge_own
 
         with_config = own if own is not None and (own / CONFIG).is_file() else opened.companions
         opened = merge_own(opened, with_config)

@@ -38,14 +38,19 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from digrap_scale.checkpoint.boxes import Box, boxes_of
+from digrap_scale.checkpoint.boxes import boxes_of
 from digrap_scale.checkpoint.safe_pickle import SafeReader, load_metadata
 from digrap_scale.errors import CheckpointError
 from digrap_scale.types import TensorPart
 
 
-def _chunk(box: Box) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+def write_item(
+    key: str, shape: Sequence[int], dtype: torch.dtype, offsets: Sequence[int], sizes: Sequence[int]
+) -> WriteItem:
+    """A plan's line for a part of the tensor ``key``: ``sizes`` elements from ``offsets`` on, in every dim of ``shape``."""
+    chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape))
+    return WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _Parts:
@@ -81,13 +86,13 @@ class PartsSavePlanner(SavePlanner):
         self._tensors = state_dict  # copies, if the save is asynchronous
 
     def create_local_plan(self) -> SavePlan:
-        items = []
-        for key, part in self._parts.parts.items():
-            properties = TensorProperties(dtype=part.tensor.dtype)
-            for box in self._parts.boxes[key]:
-                data = TensorWriteData(_chunk(box), properties, torch.Size(part.shape))
-                items.append(WriteItem(MetadataIndex(key, box.offsets), WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items)
+        return SavePlan(
+            [
+                write_item(key, part.shape, part.tensor.dtype, box.offsets, box.sizes)
+                for key, part in self._parts.parts.items()
+                for box in self._parts.boxes[key]
+            ]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
@@ -120,9 +125,10 @@ class PartsLoadPlanner(LoadPlanner):
         items: list[ReadItem] = []
         for key, part in self._parts.parts.items():
             stored = self._stored[key]
-            assert isinstance(stored, TensorStorageMetadata) and tuple(stored.size) == part.shape  # see read_parts
+            assert isinstance(stored, TensorStorageMetadata) and tuple(stored.size) == part.shape  # see StoredParts
             boxes = self._parts.boxes[key]
-            found = create_read_items_for_chunk_list(key, stored, [_chunk(box) for box in boxes])
+            chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes]
+            found = create_read_items_for_chunk_list(key, stored, chunks)
             if sum(math.prod(item.lengths) for item in found) != part.stop - part.start:
                 raise CheckpointError(f"{key}: the checkpoint does not hold all of it")
             items += found
@@ -171,29 +177,15 @@ class PartsWriter(dcp.FileSystemWriter):
 
 def write_parts(folder: Path, parts: Sequence[TensorPart], group: dist.ProcessGroup | None) -> None:
     """Every rank's parts (already its own shares: see ``TensorPart.own``) into ``folder``. Collective over ``group``."""
-    held = [part for part in parts if part.stop > part.start]
     with _unwrapped():
-        dcp.save(
-            {part.key: part.tensor for part in held},
-            storage_writer=PartsWriter(folder),
-            planner=PartsSavePlanner(held),
-            process_group=group,
-            no_dist=group is None,
-        )
+        dcp.save(**_saved(folder, parts, group))
 
 
 def write_parts_later(folder: Path, parts: Sequence[TensorPart], group: dist.ProcessGroup | None) -> Callable[[], None]:
     """``write_parts`` on a thread, from copies that are made before this returns. Returns what waits for its end, and
     raises its errors."""
-    held = [part for part in parts if part.stop > part.start]
     with _unwrapped():
-        future: Any = dcp.async_save(
-            {part.key: part.tensor for part in held},
-            storage_writer=PartsWriter(folder),
-            planner=PartsSavePlanner(held),
-            process_group=group,
-            no_dist=group is None,
-        )
+        future: Any = dcp.async_save(**_saved(folder, parts, group))
 
     def wait() -> None:
         with _unwrapped():
@@ -202,44 +194,65 @@ def write_parts_later(folder: Path, parts: Sequence[TensorPart], group: dist.Pro
     return wait
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names → shapes of a DCP folder's tensors. Raises: CheckpointError, see ``load_metadata``."""
-    stored = load_metadata(folder).state_dict_metadata
-    return {key: tuple(value.size) for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+def _saved(folder: Path, parts: Sequence[TensorPart], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Arguments of ``dcp.save`` and ``dcp.async_save``."""
+    held = [part for part in parts if part.stop > part.start]
+    return {
+        "state_dict": {part.key: part.tensor for part in held},
+        "storage_writer": PartsWriter(folder),
+        "planner": PartsSavePlanner(held),
+        "process_group": group,
+        "no_dist": group is None,
+    }
 
 
-def read_parts(folder: Path, parts: Sequence[TensorPart]) -> None:
-    """Fill the parts' tensors. No collective: every rank reads what it holds.
+class StoredParts:
+    """A DCP folder's tensors, to be read into parts.
+
+    Attributes:
+        shapes: names → shapes.
 
     Raises:
-        CheckpointError: a tensor that is not there, or has another shape; or see ``load_metadata``.
+        CheckpointError: see ``load_metadata``.
     """
-    held = [part for part in parts if part.stop > part.start]
-    shapes = stored_shapes(folder)
-    for part in held:
-        if part.key not in shapes:
-            raise CheckpointError(f"{folder}: has no tensor {part.key!r}; it is of another model or optimizer")
-        if shapes[part.key] != part.shape:
-            raise CheckpointError(
-                f"{folder}: {part.key}: expected shape {list(part.shape)}, found {list(shapes[part.key])}"
-            )
-    if not held:
-        return
-    try:
-        with _unwrapped(), torch.no_grad():
-            dcp.load(
-                {part.key: part.tensor for part in held},
-                storage_reader=SafeReader(folder),
-                planner=PartsLoadPlanner(held),
-                no_dist=True,
-            )
-    except RankFailed as failed:
-        if isinstance(failed.error, CheckpointError):
-            raise failed.error from failed
-        refused = isinstance(failed.error, pickle.UnpicklingError)  # weights_only found what is no tensor
-        what = "refused, nothing of it was run" if refused else "cannot be read"
-        line = str(failed.error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: {what}: {type(failed.error).__name__}: {line}") from failed
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._metadata = folder, load_metadata(folder)
+        stored = self._metadata.state_dict_metadata
+        self.shapes = {k: tuple(value.size) for k, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+
+    def read(self, parts: Sequence[TensorPart]) -> None:
+        """Fill the parts' tensors. No collective: every rank reads what it holds.
+
+        Raises:
+            CheckpointError: a tensor that is not there, has another shape, or cannot be read.
+        """
+        folder, shapes = self._folder, self.shapes
+        held = [part for part in parts if part.stop > part.start]
+        for part in held:
+            if part.key not in shapes:
+                raise CheckpointError(f"{folder}: has no tensor {part.key!r}; it is of another model or optimizer")
+            if shapes[part.key] != part.shape:
+                raise CheckpointError(
+                    f"{folder}: {part.key}: expected shape {list(part.shape)}, found {list(shapes[part.key])}"
+                )
+        if not held:
+            return
+        try:
+            with _unwrapped(), torch.no_grad():
+                dcp.load(
+                    {part.key: part.tensor for part in held},
+                    storage_reader=SafeReader(folder, self._metadata),
+                    planner=PartsLoadPlanner(held),
+                    no_dist=True,
+                )
+        except RankFailed as failed:
+            if isinstance(failed.error, CheckpointError):
+                raise failed.error from failed
+            refused = isinstance(failed.error, pickle.UnpicklingError)  # weights_only found what is no tensor
+            what = "refused, nothing of it was run" if refused else "cannot be read"
+            line = str(failed.error).strip().splitlines()[0]
+            raise CheckpointError(f"{folder}: {what}: {type(failed.error).__name__}: {line}") from failed
 
 
 @contextmanager

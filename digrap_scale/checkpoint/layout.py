@@ -136,8 +136,7 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
         for name, (size, _) in sizes.items()
         if (folder / name).is_file() and (found := (folder / name).stat().st_size) != size
     ]
-    if problems:
-        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems[:5])}{_more(problems)}")
+    refuse_damaged(folder, problems)
     return files
 
 
@@ -151,11 +150,8 @@ def check_content(folder: Path, files: Mapping[str, Mapping[str, Any]], names: I
 def refuse_damaged(folder: Path, problems: list[str]) -> None:
     """Raises: CheckpointError that names the files, if there are ``problems``."""
     if problems:
-        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems[:5])}{_more(problems)}")
-
-
-def _more(problems: list[str]) -> str:
-    return f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems[:5])}{more}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key  # not exported higher up; pinned by the tests of patterns
 
-from digrap_scale.checkpoint.formats.adapter import CONFIG as CONFIG
+from digrap_scale.checkpoint.formats.adapter import CONFIG
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.errors import CheckpointError
 from digrap_scale.file_names import names_by_config

@@ -130,11 +130,21 @@ def load_metadata(folder: str | Path, name: str = METADATA) -> Metadata:
 
 
 class SafeReader(FileSystemReader):
-    """``FileSystemReader`` that trusts no pickle: give it, and ``SafeLoadPlanner``, to every ``dcp.load``."""
+    """``FileSystemReader`` that trusts no pickle: give it, and ``SafeLoadPlanner``, to every ``dcp.load``.
+
+    Args:
+        path: the checkpoint's folder.
+        metadata: of it, if it has been loaded already.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata | None = None) -> None:
+        super().__init__(path)
+        self._loaded = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         rank = kwargs.get("rank")
-        metadata = load_metadata(Path(self.path), METADATA if rank is None else f"__{rank}{METADATA}")
+        name = METADATA if rank is None else f"__{rank}{METADATA}"
+        metadata = self._loaded if self._loaded is not None and rank is None else load_metadata(Path(self.path), name)
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Contents:
     method_notes: Mapping[str, str]
     generators: Mapping[str, torch.Tensor]
     write_model: Callable[[Path], None]
-    write_native: Callable[[Path], None] | None = field(default=None)
+    write_native: Callable[[Path], None] | None = None
 
 
 class Saver:

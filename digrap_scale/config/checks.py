@@ -10,6 +10,7 @@ from typing import Any
 Path = tuple[str | int, ...]
 Problem = tuple[Path, str]
 
+GENERATIVE_TASKS = ("vqa", "classification-as-vqa")
 CROSS_FIELD = "cross_field"  # pydantic error type of a config whose keys are fine one by one
 
 
@@ -185,7 +186,7 @@ def _vqa(task: str, prompt: str, augment: str, generation: object, class_answers
             ("data", "augment"),
             f"expected `none` with model.task `vqa`, found `{augment}`; a crop may cut off what the question is about",
         )
-    if task not in ("vqa", "classification-as-vqa") and generation is not None:
+    if task not in GENERATIVE_TASKS and generation is not None:
         yield (
             ("evaluation", "generation"),
             f"expected nothing with model.task `{task}`, found a section; it is for tasks that generate",
@@ -216,7 +217,7 @@ def _packed(
         "max_forward_images": max_forward_images,
     }
     for key, value in given.items():
-        if value is not None and task not in ("vqa", "classification-as-vqa"):
+        if value is not None and task not in GENERATIVE_TASKS:
             yield (
                 ("data", key),
                 f"expected nothing with model.task `{task}`, found {value}; it is for tasks that generate",

@@ -18,7 +18,6 @@ Evaluation is one pass in listed order.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from digrap_scale.data.order import hashed
 from digrap_scale.data.reading import decode_sample
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.sources import Located, Source, Sources
@@ -113,7 +113,7 @@ class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
         sample = decode_sample(self._reader.read(where.shard, where.index))
         # The file's name without its folder: the same data elsewhere gives the same crops.
         name = f"{self.sources.seed}/{where.epoch}/{os.path.basename(sample['shard'])}/{sample['key']}"
-        sample["seed"] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+        sample["seed"] = hashed(name)
         return sample
 
     def _padding(self) -> Batch:
@@ -382,12 +382,3 @@ def build_evaluation_loader(
     sources = Sources([Source("", shards)], seed=seed, window_samples=0)
     count = eval_batches(sources.samples, batch_samples=batch_samples, world_size=world_size)
     return EvaluationLoader(_EvalBatches(sources, task, batch_samples, rank, world_size), count, Workers(workers))
-
-
-def build_loader(
-    shards: ShardSet, task: Task, *, train: bool, shuffle_buffer_samples: int = 0, **options: Any
-) -> TrainingLoader | EvaluationLoader:
-    """``build_training_loader`` or, if not ``train``, ``build_evaluation_loader``, which does not shuffle."""
-    if train:
-        return build_training_loader(shards, task, shuffle_buffer_samples=shuffle_buffer_samples, **options)
-    return build_evaluation_loader(shards, task, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import Any
 
 import webdataset as wds
 
-from digrap_scale.data.manifest import Manifest, index_shards
+from digrap_scale.data.manifest import Manifest, index_shards, replacing
 from digrap_scale.data.shards import FIXED_MEMBER_FIELDS, check_key, publish_shards
 from digrap_scale.data.tar import IMAGE_EXTENSIONS
 from digrap_scale.errors import ConfigError, SaveError
@@ -265,8 +264,7 @@ def _cut(items: Iterable[Item], samples_per_shard: int, shard_bytes: int | None)
 
 
 def _write_shard(path: Path, items: Sequence[Item]) -> None:
-    unfinished = path.with_name(f".{path.name}.partial")
-    with open(unfinished, "wb") as stream:
+    with replacing(path) as stream:
         writer = wds.TarWriter(stream, **FIXED_MEMBER_FIELDS)
         for item in items:
             try:
@@ -278,9 +276,6 @@ def _write_shard(path: Path, items: Sequence[Item]) -> None:
             text = json.dumps(item.meta, sort_keys=True, ensure_ascii=False, allow_nan=False)
             writer.write({"__key__": item.key, **members, "json": text.encode()})
         writer.close()
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
 
 
 def _records(file: Path) -> list[Any]:

@@ -49,12 +49,16 @@ class Sources:
         window_samples: see ``order.py``.
         bucketed: sort windows by the samples' text, see ``order.py``; of one source.
 
+    Attributes:
+        counts: samples of each shard.
+
     Raises:
         ConfigError: a source of a mixture has too small a weight; ``bucketed``, and where a shard's samples are is unknown.
     """
 
     def __init__(self, sources: Sequence[Source], *, seed: int, window_samples: int, bucketed: bool = False) -> None:
         self.sources = tuple(sources)
+        self.counts = [count for source in sources for count in source.shards.counts]
         self.seed, self.window_samples, self.bucketed = seed, window_samples, bucketed
         if bucketed:
             _refuse_unknown_lengths(self.sources)
@@ -68,12 +72,7 @@ class Sources:
     @property
     def samples(self) -> int:
         """Samples of all sources together."""
-        return sum(source.shards.samples for source in self.sources)
-
-    @property
-    def counts(self) -> list[int]:
-        """Samples of each shard."""
-        return [count for source in self.sources for count in source.shards.counts]
+        return sum(self.counts)
 
     @property
     def epoch_samples(self) -> int | None:

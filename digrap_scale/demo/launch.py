@@ -6,11 +6,24 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from digrap_scale.errors import ConfigError, PeerError
+
+
+def timed_lines() -> Callable[[str], None]:
+    """Shows lines to the user, with the seconds since now."""
+    console, started = Console(stderr=True), time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[{time.monotonic() - started:4.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    return say
 
 
 def check_accelerators(processes: int) -> None:

@@ -7,7 +7,8 @@ the same code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ def samples(spec: SetSpec, tiles: Tiles, label: Mapping[str, str], indices: Sequ
         yield sample
 
 
-def by_class(drawn: Mapping[str, Image.Image], label: Mapping[str, str]) -> dict[str, list[str]]:
-    """Class → its concepts, of those ``drawn`` (concept → tile), sorted."""
+def by_class(drawn: Iterable[str], label: Mapping[str, str]) -> dict[str, list[str]]:
+    """Class → its concepts, of those ``drawn``, sorted."""
     table: dict[str, list[str]] = {}
     for concept in sorted(drawn):
         table.setdefault(label[concept], []).append(concept)
@@ -156,11 +157,9 @@ def prior_answers(folder: Path) -> dict[str, str]:
     Raises:
         ConfigError: the training shards cannot be read.
     """
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in read_set(folder, prefix(TRAIN)):
-        meta = sample["meta"]
-        table = counts.setdefault(meta["question_type"], {})
-        table[meta["answers"][0]] = table.get(meta["answers"][0], 0) + 1
+        counts[sample["meta"]["question_type"]][sample["meta"]["answers"][0]] += 1
     return {kind: max(sorted(table), key=table.__getitem__) for kind, table in counts.items()}
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-
-from rich.console import Console
 
 from digrap_scale.checkpoint.interpolate import interpolate
 from digrap_scale.demo import settings
-from digrap_scale.demo.launch import check_accelerators, command_of, launch
+from digrap_scale.demo.launch import check_accelerators, command_of, launch, timed_lines
 from digrap_scale.evaluation.report import ReportRow, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
@@ -25,16 +22,11 @@ def demo(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: int 
         ConfigError: more processes than accelerators.
         PeerError: a run failed; its own lines, above, say why.
     """
-    console = Console(stderr=True)
     steps = steps or settings.STEPS
     check_accelerators(processes)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-
-    def say(text: str) -> None:
-        console.print(f"[{time.monotonic() - started:4.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
-
+    say = timed_lines()
     say("zero-shot evaluation of the shipped foundation model")
     rows = [ReportRow("zero-shot", _evaluate(root / "zero-shot", str(settings.FOUNDATION)))]
     runs = {name: root / method["name"] for name, method in settings.METHODS.items()}

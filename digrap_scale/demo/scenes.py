@@ -143,6 +143,11 @@ def draw_scene(rng: random.Random, concepts: Mapping[str, Sequence[str]]) -> Sce
     return (page[0], page[1], page[2], page[3])
 
 
+def kinds_of(concepts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Concept → class, of ``concepts``: class → its concepts."""
+    return {concept: name for name, members in concepts.items() for concept in members}
+
+
 def questions(scene: Scene, kinds: Kinds, question_type: str) -> list[Question]:
     """Every question of one type that has one right answer in ``scene``.
 
@@ -248,7 +253,7 @@ def draw_question(
         prior: see ``target``.
         concepts: class → its concepts.
     """
-    kinds = {concept: name for name, members in concepts.items() for concept in members}
+    kinds = kinds_of(concepts)
     wanted = target(rng, question_type, prior)
     by_noun = {NOUNS[name] for name in concepts}
     while question_type in ("what", "category") and wanted not in by_noun:  # a style may lack a class
@@ -319,7 +324,7 @@ def make_sample(
     """  # fmt: skip
     rng = random.Random(seed)
     scene, question = draw_question(rng, question_type, prior, concepts)
-    kinds = {concept: name for name, members in concepts.items() for concept in members}
+    kinds = kinds_of(concepts)
     meta = {
         "question": word(question, rng.choice(WORDINGS[wordings][question.form])),
         "answers": [question.answer],

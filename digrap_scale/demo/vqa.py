@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-from rich.console import Console
-
 from digrap_scale.demo import pictogram_vqa, vqa_settings
-from digrap_scale.demo.launch import check_accelerators, command_of, launch
+from digrap_scale.demo.launch import check_accelerators, command_of, launch, timed_lines
 from digrap_scale.evaluation.report import ReportRow, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.training.evaluate import evaluate
@@ -21,16 +18,11 @@ def demo_vqa(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: 
         ConfigError: more processes than accelerators.
         PeerError: a run failed; its own lines, above, say why.
     """
-    console = Console(stderr=True)
     steps = steps or vqa_settings.STEPS
     check_accelerators(processes)
     root = Path(folder)
     sets = root / "sets"
-    started = time.monotonic()
-
-    def say(text: str) -> None:
-        console.print(f"[{time.monotonic() - started:4.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
-
+    say = timed_lines()
     say("composing the questions' pages from the shipped pictograms")
     vqa_settings.write_sets(sets)
     say("zero-shot evaluation of the shipped VLM")

@@ -36,12 +36,13 @@ def adam_(
         kernels: how large layers are walked.
     """
     if isinstance(kernels, NativeKernels):
-        stepped = [
-            (view, state, _numbers(state, factor if view.projected else 0.0, clip))
-            for view, state, factor in zip(views, states, factors, strict=True)
-            if view.grad is not None and state is not None
-        ]
-        kernels.adam_all_([one[0] for one in stepped], [one[1] for one in stepped], [one[2] for one in stepped])
+        kernels.adam_all_(
+            [
+                (view, state, _numbers(state, factor if view.projected else 0.0, clip))
+                for view, state, factor in zip(views, states, factors, strict=True)
+                if view.grad is not None and state is not None
+            ]
+        )
         return
     small: list[int] = []
     large: list[tuple[ShardView, AdamState, AdamNumbers]] = []

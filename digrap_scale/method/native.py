@@ -68,8 +68,7 @@ class NativeKernels(Kernels):
                 None if moments is None else moments.first,
                 None if moments is None else moments.second,
             )
-            shrink, step_size, second_scale, eps = (1.0, 0.0, 0.0, 0.0) if moments is None else moments.factors
-            numbers.append((shrink, step_size, second_scale, eps))
+            numbers.append((1.0, 0.0, 0.0, 0.0) if moments is None else moments.factors)
         return self._sums(self._library.gradient_products, table, numbers, 4)
 
     def update_statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
@@ -95,15 +94,13 @@ class NativeKernels(Kernels):
             table.row(target.numel(), target, theta, reference, changed=1)
         self._run(self._library.add_displacement, table, [(factor, scale) for factor in factors], None)
 
-    def adam_all_(
-        self, views: Sequence[ShardView], states: Sequence[AdamState], numbers: Sequence[AdamNumbers]
-    ) -> None:
+    def adam_all_(self, stepped: Sequence[tuple[ShardView, AdamState, AdamNumbers]]) -> None:
         """One step of Adam on every view, with the gradient scale · g + factor · (θ − θ₀); see ``AdamNumbers``."""
         table = _Table()
-        for view, state, of_view in zip(views, states, numbers, strict=True):
-            reference = view.reference if of_view.factor != 0.0 else None
+        for view, state, numbers in stepped:
+            reference = view.reference if numbers.factor != 0.0 else None
             table.row(view.weight.numel(), view.weight, state.first, state.second, view.grad, reference, changed=3)
-        self._run(self._library.adam, table, numbers, None)
+        self._run(self._library.adam, table, [numbers for _, _, numbers in stepped], None)
 
     def _sums(
         self, function: Callable[..., None], table: _Table, numbers: Sequence[Sequence[float]], width: int

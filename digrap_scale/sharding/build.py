@@ -45,13 +45,6 @@ def build_engine(
     Raises:
         ConfigError: batch sizes do not fit the world size, or see the backend's engine.
     """
-    training = config.training
-    share = (training.micro_batch_samples or 1) * world_size
-    if training.global_batch_samples % share:
-        raise ConfigError(
-            f"training.global_batch_samples: expected a multiple of micro_batch_samples × processes = {share}, found "
-            f"{training.global_batch_samples}"
-        )
     return ENGINES[config.sharding.backend](model, make_optimizer, config, device, world_size, slices)
 
 

@@ -11,12 +11,29 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from digrap_scale.config.schema import Config
+from digrap_scale.config.schema import Config, TrainingConfig
+from digrap_scale.errors import ConfigError
 from digrap_scale.sharding.base import unwrapped_name
 from digrap_scale.sharding.materialize import materialize
 from digrap_scale.types import Slices
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
+
+
+def portions(training: TrainingConfig, world_size: int) -> tuple[int, int]:
+    """Samples of a micro-batch on one rank, and micro-batches of an optimizer step.
+
+    Raises:
+        ConfigError: batch sizes do not fit the world size.
+    """
+    share = (training.micro_batch_samples or 1) * world_size
+    if training.global_batch_samples % share:
+        raise ConfigError(
+            f"training.global_batch_samples: expected a multiple of micro_batch_samples × processes = {share}, found "
+            f"{training.global_batch_samples}"
+        )
+    micro = training.micro_batch_samples or training.global_batch_samples // world_size
+    return micro, training.global_batch_samples // (micro * world_size)
 
 
 class Engine:
@@ -48,9 +65,7 @@ class Engine:
         self.device = device
         self.config = config
         self.world_size = world_size
-        micro = config.training.micro_batch_samples or config.training.global_batch_samples // world_size
-        self.micro_batch_samples = micro
-        self.accumulation_steps = config.training.global_batch_samples // (micro * world_size)
+        self.micro_batch_samples, self.accumulation_steps = portions(config.training, world_size)
         self.module = model
         self.slices = slices
         self._wrap(model, make_optimizer)

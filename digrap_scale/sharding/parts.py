@@ -51,11 +51,16 @@ def frozen_parts(engine: Engine, backend: Backend) -> list[TensorPart]:
 
 def buffer_parts(engine: Engine) -> list[TensorPart]:
     """The buffers that the model's state has; they are whole on every rank."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = _copies_everywhere()
     return [
         TensorPart(MODEL + name, tuple(buffer.shape), 0, buffer.numel(), buffer.reshape(-1), rank, ranks)
         for name, buffer in engine.saved_buffers().items()
     ]
+
+
+def _copies_everywhere() -> tuple[int, int]:
+    """``Backend.copies`` of what every rank holds: which copy this rank's is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def load_buffers(engine: Engine, parts: Iterable[TensorPart]) -> None:
@@ -68,7 +73,7 @@ def load_buffers(engine: Engine, parts: Iterable[TensorPart]) -> None:
 
 def optimizer_parts(backend: Backend) -> list[TensorPart]:
     """The optimizer's state; the tensors alias it, but for the counts of steps."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = _copies_everywhere()
     parts = []
     for layer, spec in enumerate(backend.specs):
         for key, tensor in backend.optimizer_state(layer).items():

@@ -207,13 +207,11 @@ class ZeroEngine(Engine):
         return self.slices(name, start, stop).to(self._dtypes[name])
 
     def extra_state(self) -> dict[str, Any]:
-        scaler = getattr(self.model.optimizer, "loss_scaler", None) if self._dtype == torch.float16 else None
-        plain = (
-            {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
-            if scaler
-            else {}
-        )
-        return {"loss_scaler": plain, "skipped_steps": int(self.model.skipped_steps)} if plain else {}
+        if self._dtype != torch.float16:
+            return {}
+        scaler = vars(self.model.optimizer.loss_scaler)
+        plain = {key: value for key, value in scaler.items() if isinstance(value, (bool, int, float))}
+        return {"loss_scaler": plain, "skipped_steps": int(self.model.skipped_steps)}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         if self._dtype == torch.float16:

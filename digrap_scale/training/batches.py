@@ -15,8 +15,7 @@ from digrap_scale.data.plan import describe_shares, worker_shares
 from digrap_scale.data.sources import Source
 from digrap_scale.data.splitting import Split
 from digrap_scale.data.tasks.base import Task
-from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.engine import Engine
+from digrap_scale.sharding.engine import Engine, portions
 from digrap_scale.training.setup import Place
 from digrap_scale.types import Batch
 
@@ -98,20 +97,14 @@ def describe_data(config: Config, world_size: int) -> list[str]:
         ConfigError: see ``open_shards``; the batches do not divide among so many ranks.
     """
     training, data = config.training, config.data
-    micro = training.micro_batch_samples or training.global_batch_samples // world_size
-    share = micro * world_size
-    if share == 0 or training.global_batch_samples % share:
-        raise ConfigError(
-            f"training.global_batch_samples: expected a multiple of {share or world_size} over {world_size} processes, found "
-            f"{training.global_batch_samples}"
-        )
+    micro, accumulation_steps = portions(training, world_size)
     sources = open_training_data(config)
     counts = [count for source in sources for count in source.shards.counts]
     split = Split(
         sum(counts),
         micro,
         world_size,
-        accumulation_steps=training.global_batch_samples // share,
+        accumulation_steps=accumulation_steps,
         remainder=data.remainder,
         lanes=world_size if data.order == "local" else 1,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from digrap_scale.config import Config
 from digrap_scale.data.fetch import open_shards
-from digrap_scale.data.loader import build_loader
+from digrap_scale.data.loader import build_evaluation_loader
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
@@ -102,7 +102,7 @@ def _shift_shards(config: Config) -> ShardSet:
 def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet) -> _Prepared:
     """Each sample once, in listed order, as evaluation takes them."""
     assert run.task is not None
-    loader = build_loader(
+    loader = build_evaluation_loader(
         shards,
         run.task,
         batch_samples=config.evaluation.batch_samples,
@@ -110,8 +110,6 @@ def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet) -> _Pr
         world_size=here.world_size,
         workers=config.data.workers,
         seed=config.run.seed,
-        shuffle_buffer_samples=0,
-        train=False,
     )
     return _Prepared(run.engine, loader)
 

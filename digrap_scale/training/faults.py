@@ -151,20 +151,22 @@ class Watch(Nobody):
             self._last_resort.cancel()
 
     def _find_out(self) -> str:
-        step, doing, _ = self._place
-        waited = f"rank {self._rank} waited for it in step {step}, {doing}"
+        step, waited = self._place[0], self._waited()
         silent: list[int] = []
         deadline = time.monotonic() + 4 * self._period_s
         while not silent and time.monotonic() < deadline:
             time.sleep(self._period_s / 2)
             silent = self._silent(2.5 * self._period_s)
-        if silent:
-            line = f"{self._names(silent)}; {waited}"
-        else:
-            line = f"{self._behind(step)}; {waited}"
-        if silent and 0 in silent and self._rank == min(set(range(self._size)) - set(silent)):
+        line = f"{self._names(silent) if silent else self._behind(step)}; {waited}"
+        if 0 in silent and self._is_lowest_without(silent):
             self._give_up(line)
         return line
+
+    def _waited(self) -> str:
+        return f"rank {self._rank} waited for it in step {self._place[0]}, {self._place[1]}"
+
+    def _is_lowest_without(self, silent: list[int]) -> bool:
+        return self._rank == min(set(range(self._size)) - set(silent))
 
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):
@@ -172,8 +174,8 @@ class Watch(Nobody):
             silent = self._silent(self._timeout_s)
             if not silent or self._stop.is_set():
                 continue
-            line = f"{self._names(silent)}; rank {self._rank} waited for it in step {self._place[0]}, {self._place[1]}"
-            if self._rank == min(set(range(self._size)) - set(silent)):
+            line = f"{self._names(silent)}; {self._waited()}"
+            if self._is_lowest_without(silent):
                 self._give_up(line)
             self._leave(line)  # the main thread hangs in a collective: nothing else ends it
 
@@ -193,8 +195,7 @@ class Watch(Nobody):
             self._store_lost_since = self._store_lost_since or now
             return
         for rank, beat in enumerate(beats):
-            known = self._seen.get(rank)
-            if known is None or known.beat != beat:
+            if self._seen[rank].beat != beat:
                 self._seen[rank] = _Seen(beat, now)
 
     def _silent(self, longer_than_s: float) -> list[int]:
@@ -211,8 +212,7 @@ class Watch(Nobody):
     def _names(self, silent: list[int]) -> str:
         words = []
         for rank in silent:
-            seen = self._seen.get(rank)
-            place = _parse(seen.beat) if seen is not None else None
+            place = _parse(self._seen[rank].beat)
             where = f" (last seen in step {place[0]}, {place[2]})" if place is not None else ""
             words.append(f"rank {rank} is dead or stopped{where}")
         return ", ".join(words)

@@ -94,19 +94,21 @@ def keeping(
     log: RunLog,
     watch: Nobody,
     stop: StopRequest,
+    ranks: Ranks,
     total_steps: int,
 ) -> Iterator[Keeper]:
     """A ``Keeper`` for the steps of the block; what is being saved comes to its end.
 
+    ``ranks`` agree between steps; a save that goes on meanwhile has a group of its own.
+
     Raises:
         SaveError: the last save could not be written.
     """
-    timeout_s = collective_timeout_s(config)
-    saver = Saver(Path(config.run.folder), config.checkpoint, Ranks.of_job(timeout_s), log.message)
+    saver = Saver(Path(config.run.folder), config.checkpoint, Ranks.of_job(collective_timeout_s(config)), log.message)
     state = RunState(run, projector, config, here, total_steps)
     try:
         with stop.deferred():
-            yield Keeper(state, saver, config.checkpoint, stop, Ranks.of_job(timeout_s), total_steps, batches, watch)
+            yield Keeper(state, saver, config.checkpoint, stop, ranks, total_steps, batches, watch)
             saver.wait()
     except BaseException as error:
         # A save that waits for a rank that is gone is not waited for.

@@ -75,7 +75,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
         batches = training_loader(data, train_task, config, here, run.engine)
-        with keeping(run, projector, batches, config, here, log, watch, stop, total_steps) as keeper:
+        with keeping(run, projector, batches, config, here, log, watch, stop, ranks, total_steps) as keeper:
             if checkpoint is not None:
                 keeper.load(checkpoint, log.message)
                 log.message(f"resumed from {checkpoint.folder.name}")

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from digrap_scale import errors
+from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import Config
-from digrap_scale.errors import ConfigError, DigrapError, PeerError, brief
+from digrap_scale.errors import ConfigError, PeerError, SaveError, brief
 
 Result = TypeVar("Result")
 
@@ -58,29 +58,16 @@ class Place:
             dist.all_gather_object(values, value)
         return values
 
-    def on_rank_0(self, action: Callable[[], Result]) -> Result | None:
-        """Do something on rank 0 while the others wait; its error is raised on every rank, so that nobody waits in vain.
+    def on_rank_0(self, action: Callable[[], Result]) -> Result:
+        """``Ranks.on_first``, where a file that cannot be written is a SaveError. Collective."""
 
-        Returns what ``action`` returned on rank 0, None elsewhere. Collective.
-        """
-        result: Result | None = None
-        failure: list[Any] = [None]
-        cause: Exception | None = None
-        if self.rank == 0:
+        def act() -> Result:
             try:
-                result = action()
-            except DigrapError as error:
-                failure, cause = [(type(error).__name__, str(error).splitlines())], error
+                return action()
             except OSError as error:
-                failure, cause = [("SaveError", [str(error)])], error
-        if self.world_size > 1:
-            dist.broadcast_object_list(failure, src=0)
-        if failure[0] is None:
-            return result
-        kind, lines = failure[0]
-        raised: DigrapError = getattr(errors, kind)("\n".join(lines) if kind != "ConfigError" else lines)
-        raised.agreed = True
-        raise raised from cause
+                raise SaveError(str(error)) from error
+
+        return Ranks(self.rank, self.world_size, dist.group.WORLD if self.world_size > 1 else None).on_first(act)
 
     def same(self, what: str, value: object) -> None:
         """Raise ConfigError on every rank if ``value`` is not the same on all of them. Collective."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from digrap_scale.checkpoint import layout
-from digrap_scale.checkpoint.dcp import read_parts, stored_shapes
+from digrap_scale.checkpoint.dcp import StoredParts
 from digrap_scale.checkpoint.layout import Checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.rng import capture_generators, restore_generators
@@ -118,12 +118,12 @@ class RunState:
         folder, state = checkpoint.folder, checkpoint.state
         engine, projector = self._run.engine, self._projector
         backend = projector.backend
-        stored = stored_shapes(folder / layout.DCP)
-        optimizer = OptimizerLoading(backend, stored)
+        stored = StoredParts(folder / layout.DCP)
+        optimizer = OptimizerLoading(backend, stored.shapes)
         previous = {
             spec.name: torch.empty_like(weight)
             for spec, weight in zip(backend.specs, backend.weights(), strict=True)
-            if PREVIOUS + spec.name in stored
+            if PREVIOUS + spec.name in stored.shapes
         }
         by_name = {spec.name: spec for spec in backend.specs}
         parts = trained_parts(backend) + optimizer.parts
@@ -131,7 +131,7 @@ class RunState:
         buffers = [_room(part) for part in buffer_parts(engine)]
         frozen = frozen_parts(engine, backend) if state["frozen"] else []
         frozen_stored = [_room(part) for part in frozen]
-        read_parts(folder / layout.DCP, parts + buffers + frozen_stored)
+        stored.read(parts + buffers + frozen_stored)
         _refuse_other_base(folder, frozen, frozen_stored)
         load_buffers(engine, buffers)
         optimizer.finish()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from digrap_scale.checkpoint import layout
-from digrap_scale.checkpoint.dcp import read_parts
+from digrap_scale.checkpoint.dcp import StoredParts
 from digrap_scale.checkpoint.layout import open_checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import find_checkpoint, open_together
@@ -267,5 +267,5 @@ def test_a_hostile_pickle_runs_nothing(file: str, two: Path, tmp_path: Path) -> 
     open_together(folder, Ranks())  # the sums are right
     part = TensorPart("model.w", (64, 8), 0, 512, torch.zeros(512))
     with pytest.raises(CheckpointError, match="refused"):
-        read_parts(folder / "dcp", [part])
+        StoredParts(folder / "dcp").read([part])
     assert not marker.exists(), "it ran"

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from digrap_scale.data.loader import EvaluationLoader, TrainingLoader, build_evaluation_loader, build_training_loader
+from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.types import Batch
 
@@ -48,6 +50,15 @@ def raw_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 def sample_members(key: str, meta: Any = None, image: bytes | None = None) -> list[tuple[str, bytes]]:
     meta = {"label": "class 0", "caption": "x"} if meta is None else meta
     return [(f"{key}.json", json.dumps(meta).encode()), (f"{key}.png", encoded() if image is None else image)]
+
+
+def open_loader(
+    shards: ShardSet, task: Task, train: bool, shuffle_buffer_samples: int, **options: Any
+) -> TrainingLoader | EvaluationLoader:
+    """Evaluation does not shuffle."""
+    if train:
+        return build_training_loader(shards, task, shuffle_buffer_samples=shuffle_buffer_samples, **options)
+    return build_evaluation_loader(shards, task, **options)
 
 
 class NumberTask(Task):

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.errors import ConfigError
-from tests.data.samples import NumberTask, make_samples, raw_tar, sample_members
+from tests.data.samples import NumberTask, make_samples, open_loader, raw_tar, sample_members
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 def loader(shards: ShardSet, train: bool, rank: int = 0, **changes: Any) -> Any:
     options = {"batch_samples": 4, "world_size": 3, "workers": 0, "seed": 5, "shuffle_buffer_samples": 8, **changes}
-    return build_loader(shards, NumberTask(), rank=rank, train=train, **options)
+    return open_loader(shards, NumberTask(), train, rank=rank, **options)
 
 
 def numbers(batches: list) -> list[int]:

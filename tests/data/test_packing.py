@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from digrap_scale.data.tasks.vqa import IGNORED
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.families import build_family
 from digrap_scale.models.families.packing import PACKABLE_LANGUAGE_MODELS, PACKABLE_MODELS, check_packable, first_fit
 from digrap_scale.models.processors import load_processor
+from digrap_scale.types import IGNORED
 from tests.data.test_vqa import SAMPLES, sample, task_of
 from tests.models.tiny_vlm import save_tiny_vlm
 

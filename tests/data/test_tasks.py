@@ -15,14 +15,13 @@ from torch import nn
 from transformers import ViTImageProcessorPil
 
 from digrap_scale.data.augment import random_resized_crop
-from digrap_scale.data.loader import build_loader
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.data.tasks.contrastive import ContrastiveCaptionTask
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.build import build_model
 from digrap_scale.types import Batch
-from tests.data.samples import SquareProcessor, encoded
+from tests.data.samples import SquareProcessor, encoded, open_loader
 from tests.models import tiny
 
 COLORS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
@@ -46,9 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"train": [f"{folder}/train-*.tar"], "classes": f"{folder}/classes.json"}
 
 
-def open_loader(data: dict[str, Any], task: Any, train: bool, batch_samples: int = 6) -> Any:
+def loader(data: dict[str, Any], task: Any, train: bool, batch_samples: int = 6) -> Any:
     options = {"rank": 0, "world_size": 1, "workers": 0, "seed": 0, "shuffle_buffer_samples": 18}
-    return build_loader(ShardSet.open(data["train"]), task, batch_samples=batch_samples, train=train, **options)
+    return open_loader(ShardSet.open(data["train"]), task, train, batch_samples=batch_samples, **options)
 
 
 @pytest.mark.parametrize("save", [tiny.save_vit, tiny.save_resnet, tiny.save_lite])
@@ -73,7 +72,7 @@ def learn(config: Any, data: dict[str, Any], steps: int, classes: int | None) ->
     task = build_task(config, built.processor, built.tokenizer, train=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for batch in islice(open_loader(data, task, True), steps):
+    for batch in islice(loader(data, task, True), steps):
         assert batch.inputs["pixel_values"].shape == (6, 3, 16, 16)
         loss = task.loss(model, batch)
         assert loss.shape == () and loss.dtype == torch.float32
@@ -87,7 +86,7 @@ def learn(config: Any, data: dict[str, Any], steps: int, classes: int | None) ->
     model.eval()
     right = 0
     with torch.no_grad():
-        for batch in open_loader(data, evaluation, False, batch_samples=4):
+        for batch in loader(data, evaluation, False, batch_samples=4):
             logits = evaluation.logits(model, batch)
             assert logits.shape == (len(batch.labels), 3) and logits.dtype == torch.float32
             right += int((logits.argmax(1) == batch.labels).sum())
@@ -98,7 +97,7 @@ def test_bfloat16_weights_get_bfloat16_pixels(tmp_path: Path, data: dict[str, An
     config = tiny.make_config(tiny.save_resnet(tmp_path), "classification", data=data, dtype="bfloat16")
     built = build_model(config, 3)
     task = build_task(config, built.processor, None, train=True)
-    batch = next(iter(open_loader(data, task, True)))
+    batch = next(iter(loader(data, task, True)))
     assert batch.inputs["pixel_values"].dtype == torch.bfloat16
     assert task.loss(built.model, batch).dtype == torch.float32
 
@@ -107,7 +106,7 @@ def test_labels_of_minus_one_do_not_count(tmp_path: Path, data: dict[str, Any]) 
     config = tiny.make_config(tiny.save_vit(tmp_path), "classification", data=data)
     built = build_model(config, 3)
     task = build_task(config, built.processor, None, train=False)
-    batch = next(iter(open_loader(data, task, False, batch_samples=4)))
+    batch = next(iter(loader(data, task, False, batch_samples=4)))
     masked = Batch(batch.inputs, torch.tensor([int(batch.labels[0]), -1, -1, -1]), batch.keys)
     first = Batch({"pixel_values": batch.inputs["pixel_values"][:1]}, batch.labels[:1], batch.keys[:1])
     model = built.model.eval()
@@ -164,7 +163,7 @@ def test_siglip_prompts_are_padded_to_full_length(tmp_path: Path, data: dict[str
         config = tiny.make_config(folder, "contrastive", data=data)
         built = build_model(config, None)
         task = build_task(config, built.processor, built.tokenizer, train=False)
-        batch = next(iter(open_loader(data, task, False)))
+        batch = next(iter(loader(data, task, False)))
         assert batch.inputs["input_ids"].shape == (3, length)
 
 

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from digrap_scale.config.schema import Config
 from digrap_scale.data.tasks.build import build_task
-from digrap_scale.data.tasks.vqa import IGNORED
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.families import Family, build_family
 from digrap_scale.models.processors import load_processor
+from digrap_scale.types import IGNORED
 from tests.models.tiny_vlm import save_tiny_vlm
 
 CLASSES = ["cat", "dog", "fire engine"]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from digrap_scale.checkpoint.dcp import read_parts, stored_shapes
+from digrap_scale.checkpoint.dcp import StoredParts
 from digrap_scale.config import parse_config
 from digrap_scale.training import loop, run
 from digrap_scale.training.faults import StopRequest
@@ -91,7 +91,8 @@ def run_all(runs: dict[str, dict[str, Any]]) -> dict[str, list[list[str]]]:
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint's ``dcp``, whole (float32 and float64 as they are)."""
-    shapes = stored_shapes(checkpoint / "dcp")
+    stored = StoredParts(checkpoint / "dcp")
+    shapes = stored.shapes
     flat = {key: torch.zeros(torch.Size(shape).numel(), dtype=torch.float64) for key, shape in shapes.items()}
-    read_parts(checkpoint / "dcp", [TensorPart(k, shapes[k], 0, f.numel(), f) for k, f in flat.items()])
+    stored.read([TensorPart(k, shapes[k], 0, f.numel(), f) for k, f in flat.items()])
     return {key: value.view(shapes[key]) for key, value in flat.items()}

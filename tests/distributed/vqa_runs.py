@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from digrap_scale.config.schema import Config
-from digrap_scale.data.loader import build_loader
+from digrap_scale.data.loader import build_evaluation_loader
 from digrap_scale.data.reading import samples_of
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.splitting import Span
@@ -100,7 +100,7 @@ def run_vqa(config: Config) -> dict[str, Any]:
 
 def generate_all(run: Any, config: Config, here: Place) -> dict[str, list[int]]:
     """Key → new ids of the test samples that are this rank's, without padding."""
-    loader = build_loader(
+    loader = build_evaluation_loader(
         ShardSet.open(config.evaluation.suite[0].shards),
         run.task,
         batch_samples=config.evaluation.batch_samples,
@@ -108,8 +108,6 @@ def generate_all(run: Any, config: Config, here: Place) -> dict[str, list[int]]:
         world_size=here.world_size,
         workers=0,
         seed=0,
-        shuffle_buffer_samples=0,
-        train=False,
     )
     answers: dict[str, list[int]] = {}
     with run.engine.inference(), evaluation_mode(run.engine.model), torch.no_grad():

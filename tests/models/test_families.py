@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.families import Family, build_family
-from digrap_scale.models.families.base import IGNORED
 from digrap_scale.models.processors import load_processor
+from digrap_scale.types import IGNORED
 from tests.models.tiny_vlm import MAKERS, save_tiny_vlm
 
 # The token that ends an answer; of the others it is <|im_end|>.

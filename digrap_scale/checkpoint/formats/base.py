@@ -129,12 +129,39 @@ class WriteOptions:
     advance: Callable[[int], None] = lambda count: None
 
 
+class OpenFiles:
+    """Descriptors of files, a bounded number of them open at a time.
+
+    Args:
+        flags: of ``os.open``.
+    """
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def descriptor(self, file: Path) -> int:
+        """To be used before the next one is asked for. Raises: OSError."""
+        if file in self._open:
+            self._open.move_to_end(file)
+        else:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[file] = os.open(file, self._flags)
+        return self._open[file]
+
+    def close(self) -> None:
+        """All of them."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
 class Files:
     """Plain reads at an offset from a few open files."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        weakref.finalize(self, _close_all, self._open)
+        self._open = OpenFiles(os.O_RDONLY)
+        weakref.finalize(self, self._open.close)
 
     def read_into(self, file: Path, offset: int, target: torch.Tensor) -> None:
         """Fills a contiguous tensor with the bytes of ``file`` from ``offset`` on.
@@ -147,7 +174,7 @@ class Files:
         view = bytes_of(target)
         done = 0
         try:
-            descriptor = self._descriptor(file)
+            descriptor = self._open.descriptor(file)
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], offset + done)
                 if count == 0:
@@ -158,24 +185,10 @@ class Files:
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}); fetch it again") from error
 
-    def _descriptor(self, file: Path) -> int:
-        if file in self._open:
-            self._open.move_to_end(file)
-        else:
-            if len(self._open) >= _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[file] = os.open(file, os.O_RDONLY)
-        return self._open[file]
-
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor; no copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _close_all(opened: OrderedDict[Path, int]) -> None:
-    while opened:
-        os.close(opened.popitem()[1])
 
 
 def boxed(

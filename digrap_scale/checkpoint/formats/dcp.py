@@ -12,17 +12,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # what storage_data holds; no public name
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from digrap_scale.checkpoint.atomic import save_error
+from digrap_scale.checkpoint.dcp import write_item
 from digrap_scale.checkpoint.formats.base import Box, Files, LazyTensor, Source, WriteOptions, boxed, bytes_of
 from digrap_scale.checkpoint.formats.huggingface import copy_companions
 from digrap_scale.checkpoint.formats.skeleton import empty, save_skeleton
@@ -184,9 +179,7 @@ def write(source: Source, folder: Path, options: WriteOptions) -> None:
     plans = [SavePlan([]) for _ in range(ranks)]
     for name, tensor in tensors.items():
         for rank, (starts, sizes) in _chunks(tensor.shape, ranks):
-            chunk = ChunkStorageMetadata(torch.Size(starts), torch.Size(sizes))
-            data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape))
-            plans[rank].items.append(WriteItem(MetadataIndex(name, starts), WriteItemType.SHARD, tensor_data=data))
+            plans[rank].items.append(write_item(name, tensor.shape, tensor.dtype, starts, sizes))
     plans, metadata = create_default_global_save_plan(plans)
     metadata.planner_data = {name: (name,) for name in tensors}
     results = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from digrap_scale.checkpoint.atomic import save_error
-from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
+from digrap_scale.checkpoint.formats.base import LazyTensor, OpenFiles, Source, WriteOptions, bytes_of
 from digrap_scale.checkpoint.formats.huggingface import copy_companions
 from digrap_scale.checkpoint.formats.skeleton import empty, save_skeleton
 from digrap_scale.checkpoint.formats.zero import pt_offset
@@ -28,7 +28,6 @@ from digrap_scale.checkpoint.formats.zero import pt_offset
 TAG = "global_step0"
 SUB_GROUP_ELEMENTS = 10**9  # of one rank, as DeepSpeed's sub_group_size is by default
 _VERSION = "0.19.8"  # of the layout
-_OPEN_FILES = 128
 
 
 @dataclass(frozen=True)
@@ -137,26 +136,21 @@ def _optimizer_state(sizes: list[int], ranks: int) -> dict[str, Any]:
 
 
 class _Filler:
-    """Writes at places of files that exist, a bounded number of them open at a time."""
+    """Writes at places of files that exist."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open = OpenFiles(os.O_WRONLY)
 
     def __enter__(self) -> _Filler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._open.close()
 
     def __call__(self, file: Path, offset: int, values: torch.Tensor) -> None:
         try:
-            if file not in self._open:
-                if len(self._open) >= _OPEN_FILES:
-                    os.close(self._open.popitem(last=False)[1])
-                self._open[file] = os.open(file, os.O_WRONLY)
-            view, done = bytes_of(values), 0
+            descriptor, view, done = self._open.descriptor(file), bytes_of(values), 0
             while done < len(view):
-                done += os.pwrite(self._open[file], view[done:], offset + done)
+                done += os.pwrite(descriptor, view[done:], offset + done)
         except OSError as error:
             raise save_error(file, error) from error

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from digrap_scale.config.checks import GENERATIVE_TASKS
+
 from .base import BelowOne, PositiveFloat, Regex, Section, Text
 
 
@@ -56,9 +58,9 @@ class ModelConfig(Section):
         description="Allow a head whose size differs from the checkpoint's: it starts new and is not projected.",
     )
 
+    trust_remote_code: bool = Field(default=False, description="Let transformers run code from the model's repository.")
+
     @property
     def generative(self) -> bool:
         """Whether the task is for models that generate text."""
-        return self.task in ("vqa", "classification-as-vqa")
-
-    trust_remote_code: bool = Field(default=False, description="Let transformers run code from the model's repository.")
+        return self.task in GENERATIVE_TASKS

@@ -12,8 +12,8 @@ from torch import nn
 
 from digrap_scale.data.augment import random_resized_crop
 from digrap_scale.data.tasks.base import Task, only_image, text_field
-from digrap_scale.data.tasks.vqa import IGNORED, Encoder, VqaTask
-from digrap_scale.types import Batch
+from digrap_scale.data.tasks.vqa import Encoder, VqaTask
+from digrap_scale.types import IGNORED, Batch
 
 
 class ClassificationVqaTask(VqaTask):

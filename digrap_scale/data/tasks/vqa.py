@@ -18,9 +18,8 @@ from transformers import GenerationConfig
 
 from digrap_scale.data.tasks.base import Task, text_field, texts_field
 from digrap_scale.errors import ConfigError
-from digrap_scale.types import Batch
+from digrap_scale.types import IGNORED, Batch
 
-IGNORED = -100
 # The engine's generation: (model inputs, settings) → [R, prompt and new tokens].
 Generate = Callable[[dict[str, torch.Tensor], GenerationConfig], torch.Tensor]
 
@@ -117,16 +116,18 @@ class VqaTask(Task):
 
         Padding is on the right in training, on the left where generation goes on.
         """
-        answers = [self.answers(sample) for sample in samples]
-        rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
-        return self._joined(samples, answers, rows)
+        return self._joined(samples, *self._rows(samples))
 
     def micro_batch(self, samples: list[dict[str, Any]]) -> Batch:
         """``collate``, cut into as many consecutive parts as the budgets for a forward ask for."""
-        answers = [self.answers(sample) for sample in samples]
-        rows = [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
+        answers, rows = self._rows(samples)
         first, *rest = [self._joined(samples[part], answers[part], rows[part]) for part in self._parts(samples, rows)]
         return replace(first, rest=rest)
+
+    def _rows(self, samples: list[dict[str, Any]]) -> tuple[list[list[str]], list[Any]]:
+        """All annotators' answers to each sample, and each sample encoded."""
+        answers = [self.answers(sample) for sample in samples]
+        return answers, [self._encoded(sample, one) for sample, one in zip(samples, answers, strict=True)]
 
     def _parts(self, samples: list[dict[str, Any]], rows: list[Any]) -> list[slice]:
         """Each as long as its forward keeps to the budgets. Raises: ConfigError: a sample does not by itself."""

@@ -17,8 +17,8 @@ from PIL import Image
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.families.packing import first_fit
+from digrap_scale.types import IGNORED
 
-IGNORED = -100  # torch's and transformers' label that carries no loss
 # What the processor gives for each token, and the value that padding has there (None: the tokenizer's padding token).
 TOKEN_FIELDS: dict[str, int | None] = {
     "input_ids": None,
