@@ -40,7 +40,7 @@ PARTS = {
 }
 
 
-def run(projection: str, millions: float, layers: int | None, steps: int, trace: str | None) -> None:
+def run(projection: str, millions: float, layers: int | None, steps: int, trace: str | None, kernels: str) -> None:
     torch.manual_seed(0)
     model = make_model(millions, layers)
     make_gradients(model)
@@ -55,7 +55,7 @@ def run(projection: str, millions: float, layers: int | None, steps: int, trace:
             {n: (p.detach() * 0.1).bfloat16() for n, p in model.named_parameters()}, f"{folder}/model.safetensors"
         )
         projector = digrap_scale.attach(
-            model, optimizer, reference=Path(folder), projection=projection, kernels="compile"
+            model, optimizer, reference=Path(folder), projection=projection, kernels=kernels
         )
 
     def step() -> None:
@@ -73,7 +73,10 @@ def run(projection: str, millions: float, layers: int | None, steps: int, trace:
     totals = {event.key: event.cpu_time_total / steps / 1e3 for event in profiler.key_averages()}
     whole = totals["optimizer.step()"]
     elements = sum(p.numel() for p in model.parameters())
-    print(f"\n{projection}: {elements / 1e6:.1f} M parameters in {len(list(model.parameters()))} layers\n")
+    count = len(list(model.parameters()))
+    print(
+        f"\n{projection}: {elements / 1e6:.1f} M parameters, {count} layers, {projector.method.kernels.name} kernels\n"
+    )
     print("| part | ms | share |\n|:--|--:|--:|")
     hooks = totals.get("pre hook", 0.0) + totals.get("post hook", 0.0)
     rows = [(part, totals[part]) for part in list(PARTS.values())[:3] if part in totals]
@@ -92,9 +95,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="equal layers instead of transformer blocks")
     parser.add_argument("--steps", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--trace", default=None, help="write a trace by this name for each form")
+    parser.add_argument(
+        "--kernels", default="auto", choices=("auto", "native", "compile", "eager"), help="(default: %(default)s)"
+    )
     options = parser.parse_args()
     for projection in ("separate", "fused"):
-        run(projection, options.millions, options.layers, options.steps, options.trace)
+        run(projection, options.millions, options.layers, options.steps, options.trace, options.kernels)
 
 
 if __name__ == "__main__":

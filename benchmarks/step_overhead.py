@@ -92,7 +92,7 @@ def alternate(plain: Callable[[], None], other: Callable[[], float], rounds: int
     return statistics.median(times[0][2:]), statistics.median(times[1][2:])
 
 
-def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_size: int) -> None:
+def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_size: int, kernels: str) -> None:
     make_gradients(model)
     parameters = list(model.parameters())
     with_method = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -111,7 +111,7 @@ def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_siz
         reference_placement="stream" if case == "stream" else "device",
         projection="fused" if case in ("fused", "backward") else "separate",
         statistics="backward" if case == "backward" else "step",
-        kernels="compile",
+        kernels=kernels,
     )
 
     def step() -> float:
@@ -130,7 +130,8 @@ def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_siz
     }.get(case)
     elements = sum(local(p).numel() for p in parameters)
     extra = sum(t.numel() * t.element_size() for t in projector.held_tensors()) / elements
-    report(case, world_size, parameters, base, full, moved, f"extra memory {extra:4.2f} B, conflicts {conflicts:.0%}")
+    notes = f"{projector.method.kernels.name} kernels, extra memory {extra:4.2f} B, conflicts {conflicts:.0%}"
+    report(case, world_size, parameters, base, full, moved, notes)
     projector.detach()
 
 
@@ -165,6 +166,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="equal layers instead of transformer blocks")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, help="(default: all)")
+    parser.add_argument(
+        "--kernels", default="auto", choices=("auto", "native", "compile", "eager"), help="(default: %(default)s)"
+    )
     options = parser.parse_args()
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world_size > 1:
@@ -187,7 +191,7 @@ def main() -> None:
             fully_shard(model)
         for case in options.cases:
             if case != "naive" or world_size == 1:
-                measure(case, model, Path(folder), options.rounds, world_size)
+                measure(case, model, Path(folder), options.rounds, world_size, options.kernels)
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -92,7 +92,6 @@ def main() -> None:
         with_method,
         method=options.method,
         reference="initial",
-        kernels="compile",
         statistics=options.statistics,
     )
 

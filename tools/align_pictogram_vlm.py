@@ -1,6 +1,6 @@
 """The small VLM's pre-training: projector and language model on top of the frozen image tower.
 
-    python tools/align_pictogram_vlm.py --foundation FOLDER --packages FOLDER --out FOLDER [--steps 1500]
+    python tools/align_pictogram_vlm.py --foundation FOLDER --packages FOLDER --out FOLDER [--steps 3000]
 
 The tower reads a page's cells one by one (``window_pixels``), so it sees every pictogram of the training concepts, in
 ``VARIANTS`` variations a style, once; a page's image tokens are then put together from those of its four cells. First the
@@ -46,7 +46,7 @@ WORD_STEPS = 800
 WORD_TILES = 128
 CELL_SHARE = 0.2  # of a tile's words
 # Dialogues: projector and language model.
-BATCH_PAGES = 8
+BATCH_PAGES = 16
 LEARNING_RATE = 2e-3
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--foundation", type=Path, required=True, help="the CLIP-style foundation model's folder")
     parser.add_argument("--packages", type=Path, required=True, help="where the pictogram packages are kept")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of dialogues (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of dialogues (default: %(default)s)")
     options = parser.parse_args(arguments)
     align(options.foundation, options.packages, options.out, options.steps)
     return 0

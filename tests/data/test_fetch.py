@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +15,11 @@ import pytest
 
 from digrap_scale.config.schema import DataConfig
 from digrap_scale.data.fetch import Remote, local_copies, open_shards
+from digrap_scale.data.loader import build_evaluation_loader
 from digrap_scale.data.manifest import Manifest
 from digrap_scale.data.shards import write_shards
 from digrap_scale.errors import ConfigError, SaveError
-from tests.data.samples import make_samples
+from tests.data.samples import NumberTask, make_samples
 
 
 @pytest.fixture
@@ -131,6 +137,33 @@ def test_curl_gets_the_address_as_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="cannot be fetched: no program curl"):
         local_copies(["https://host/b.tar"], tmp_path / "cache")
+
+
+@pytest.fixture
+def server(origin: Path) -> Iterator[str]:
+    """A web server on this machine that has the shards; its address."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(origin))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_a_real_server(origin: Path, server: str, tmp_path: Path) -> None:
+    patterns = [f"{server}/p.manifest.json", f"{server}/p-{{000000..000002}}.tar"]
+    data = DataConfig(train=patterns, allow_commands=True, cache_folder=str(tmp_path / "cache"))
+    shards = open_shards(patterns, data)
+    assert shards.counts == (10, 10, 10)
+    assert [path.read_bytes() for path in shards.paths] == [path.read_bytes() for path in sorted(origin.glob("*.tar"))]
+    loader = build_evaluation_loader(shards, NumberTask(), batch_samples=8, rank=0, world_size=1, workers=0)
+    keys = [key for batch in loader for key in batch.keys if key]
+    assert sorted(set(keys)) == [f"s{i:06d}" for i in range(30)]
+    with pytest.raises(ConfigError, match="p-000003.tar': cannot be fetched: exit 22, curl: .*404"):
+        local_copies([f"{server}/p-000003.tar"], tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*000003*.tar"))
 
 
 def _fetch(patterns: list[str], cache: Path, results: Any) -> None:
