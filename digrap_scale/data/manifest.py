@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO
 
@@ -116,7 +116,8 @@ def open_offsets(path: Path, rows: int) -> np.ndarray:
         ConfigError: the file is missing, or has another shape.
     """
     try:
-        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+        written = path.stat()
+        offsets = _mapped_file(path, written.st_ino, written.st_mtime_ns)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); write it anew (digrap-scale index)") from error
     if offsets.dtype != np.uint64 or offsets.ndim != 2 or offsets.shape[1] != 3 or len(offsets) < rows:
@@ -125,6 +126,13 @@ def open_offsets(path: Path, rows: int) -> np.ndarray:
             "anew (digrap-scale index)"
         )
     return offsets
+
+
+@lru_cache(maxsize=16)
+def _mapped_file(path: Path, _inode: int, _written_ns: int) -> np.ndarray:
+    """One mapping for all shards of a set: one each would count (and cost page tables) once a shard."""
+    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
 
 
 def sha256_of(path: Path) -> str:

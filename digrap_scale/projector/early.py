@@ -9,13 +9,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from digrap_scale.method.kernels import large_from
 from digrap_scale.method.statistics import GRADIENT_STATISTICS
 from digrap_scale.sharding.base import Backend
 
-SAMPLED_ELEMENTS = 256
+SAMPLED_ELEMENTS = 64  # each is a cache miss in the step
 
 
 class EarlyStatistics:
@@ -56,17 +55,18 @@ class EarlyStatistics:
             return
         self._stats_LK[layer] = self._measure(layer)[0]
         self._stamps[layer] = self._backend.stamp(layer)
-        self._samples_LN[layer] = self._sample(layer)
+        self._samples_LN[layer] = self._samples([layer])[0]
         if self._stats_LK.device.type != "cpu":
             # The hook may run on another stream than the step (FSDP2 reduces gradients on one of its own).
             self._taken = torch.accelerator.current_stream().record_event()
 
-    def _sample(self, layer: int) -> torch.Tensor:
-        """Some elements of the layer's gradient, far apart."""
-        (view,) = self._backend.views([layer])
-        assert view.grad is not None
-        sample = view.grad[:: max(1, view.grad.numel() // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS].float()
-        return pad(sample, (0, SAMPLED_ELEMENTS - sample.numel()))
+    def _samples(self, layers: Sequence[int]) -> torch.Tensor:
+        """[len(layers), SAMPLED_ELEMENTS] float32: elements of each (large) layer's gradient, far apart."""
+        rows = []
+        for view in self._backend.views(layers):
+            assert view.grad is not None
+            rows.append(view.grad[:: view.grad.numel() // SAMPLED_ELEMENTS][:SAMPLED_ELEMENTS].float())
+        return torch.stack(rows)
 
     def ready(self) -> list[int]:
         """The layers whose statistics hold."""
@@ -74,7 +74,7 @@ class EarlyStatistics:
         if not layers:
             return []
         self._wait()
-        now_LN = torch.stack([self._sample(layer) for layer in layers])
+        now_LN = self._samples(layers)
         # Not equal to itself: NaN. Such a layer is measured again.
         same_L = (now_LN == self._samples_LN[layers]).all(1).tolist()
         return [layer for layer, same in zip(layers, same_L, strict=True) if same]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from digrap_scale.data import manifest as manifests
 from digrap_scale.data.manifest import Manifest, check_manifest, index_shards, set_name
 from digrap_scale.data.shards import ShardSet, expand_shards, write_shards
-from digrap_scale.data.tar import scan_shard
+from digrap_scale.data.tar import ShardReader, scan_shard
 from digrap_scale.errors import ConfigError, SaveError
 from tests.data.samples import make_samples, raw_tar, sample_members
 
@@ -40,6 +41,17 @@ def test_offsets_are_read_from_the_file(folder: Path, monkeypatch: pytest.Monkey
         assert offsets is not None and np.array_equal(offsets(), rows)
     part = ShardSet.open([f"{folder}/train-000002.tar"])
     assert part.offsets[0] is not None and np.array_equal(part.offsets[0](), expected[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_offsets_are_mapped_once_for_all_shards(folder: Path) -> None:
+    """Not once a shard: a set may have thousands."""
+    shards = ShardSet.open([f"{folder}/*.tar"])
+    with closing(ShardReader(shards.paths, shards.offsets)) as reader:
+        for shard in range(len(shards.paths)):
+            reader.read(shard, 0)
+        assert len(shards.paths) > 1
+        assert Path("/proc/self/maps").read_text().count(f"{folder}/") == 1
 
 
 def test_a_check_reads_every_byte(folder: Path) -> None:

@@ -24,18 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import score_pictogram_vqa as scoring  # noqa: E402
 
 VLM, SHIPPED = vqa_settings.FOUNDATION, vqa_settings.SHIPPED
-made = pytest.mark.skipif(
-    not (VLM / "model.safetensors").exists(), reason="the small VLM was not made: tools/pretrain_pictogram_vlm.py"
-)
 
 
-@pytest.mark.skipif((VLM / "model.safetensors").exists(), reason="the small VLM is there")
-def test_demo_says_how_to_make_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_says_how_to_make_a_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vqa_settings, "FOUNDATION", tmp_path / "pictogram_vlm")
     assert main(["demo", "--task", "vqa", "--folder", str(tmp_path)]) == 2
     assert "tools/pretrain_pictogram_vlm.py" in capsys.readouterr().err
 
 
-@made
 def test_shipped_vlm_is_the_one_of_the_recipe_and_small() -> None:
     weights = VLM / "model.safetensors"
     assert weights.stat().st_size <= 16_000_000
@@ -44,7 +42,6 @@ def test_shipped_vlm_is_the_one_of_the_recipe_and_small() -> None:
     assert json.loads((SHIPPED / "adversarial.json").read_text(encoding="utf-8"))["model_sha256"] == digest
 
 
-@made
 def test_shipped_vlm_loads_whole_in_plain_transformers() -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(VLM, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -57,7 +54,6 @@ def test_shipped_vlm_loads_whole_in_plain_transformers() -> None:
     assert AutoProcessor.from_pretrained(VLM).tokenizer.vocab_size == model.config.text_config.vocab_size
 
 
-@made
 @pytest.mark.parametrize(
     ("spec", "least"), [(vqa.TESTS[1], 0.15), (vqa.TESTS[0], 0.05)], ids=["seen styles", "an unseen style"]
 )
@@ -70,7 +66,6 @@ def test_shipped_vlm_beats_the_prior_on_unseen_concepts(spec: vqa.SetSpec, least
     assert counts["right"] / 150 > counts["prior"] / 150 + least, counts
 
 
-@made
 def test_adversarial_numbers_are_whole() -> None:
     wrong = vqa.read_indices(SHIPPED / "adversarial.json")
     assert len(wrong) >= vqa_settings.TEST_SAMPLES and len(set(wrong)) == len(wrong)
@@ -95,7 +90,6 @@ def test_configs_name_every_modality(tuning: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@made
 def test_demo_runs_and_prints_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vqa_settings, "TEST_SAMPLES", 8)
     monkeypatch.setattr(vqa_settings, "TRAIN_SAMPLES", 64)

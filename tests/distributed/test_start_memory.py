@@ -51,7 +51,7 @@ def measured(
     backends = {case: sharding[case] for case in cases}
     configs = {name: config_of(str(folder / "large"), "classification", s) for name, s in backends.items()}
     warm_up = [config_of(str(folder / "tiny"), "classification", s) for s in backends.values()]
-    ranks = run_ranks(RANKS, folder / "ranks", measure, warm_up, configs, ways)
+    ranks = run_ranks(RANKS, folder / "ranks", measure, warm_up, configs, ways, start_method="spawn")
     worst = {
         case: {key: max(rank[case][key] for rank in ranks) for key in ("sharded", "peak", "seconds")}
         for case in ranks[0]

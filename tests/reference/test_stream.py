@@ -244,8 +244,8 @@ def test_resident_memory_is_the_buffers(tmp_path: Path) -> None:
     assert part >= 10 * BUFFER
     bound = BUFFER + 32 * MIB  # a dozen blocks of 2 MiB that the kernels work on, and their heap
     folders = str(tmp_path / "whole"), str(tmp_path / "one")
-    streamed = run_ranks(2, tmp_path / "stream", peak_growth, *folders, "stream")
-    resident = run_ranks(2, tmp_path / "cpu", peak_growth, *folders, "cpu")
+    streamed = run_ranks(2, tmp_path / "stream", peak_growth, *folders, "stream", start_method="spawn")
+    resident = run_ranks(2, tmp_path / "cpu", peak_growth, *folders, "cpu", start_method="spawn")
     for got in streamed:
         assert got["grown"] < bound, f"{got['grown'] / MIB:.0f} MiB"
         assert got["conflicts"] > 0
