@@ -61,12 +61,13 @@ class EarlyStatistics:
             self._taken = torch.accelerator.current_stream().record_event()
 
     def _samples(self, layers: Sequence[int]) -> torch.Tensor:
-        """[len(layers), SAMPLED_ELEMENTS] float32: elements of each (large) layer's gradient, far apart."""
-        rows = []
-        for view in self._backend.views(layers):
+        """[len(layers), SAMPLED_ELEMENTS] float32: elements of each layer's gradient, far apart; zeros after the last."""
+        rows = torch.zeros(len(layers), SAMPLED_ELEMENTS, device=self._samples_LN.device)
+        for row, view in zip(rows.unbind(), self._backend.views(layers), strict=True):
             assert view.grad is not None
-            rows.append(view.grad[:: view.grad.numel() // SAMPLED_ELEMENTS][:SAMPLED_ELEMENTS].float())
-        return torch.stack(rows)
+            sample = view.grad[:: max(1, view.grad.numel() // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS]
+            row[: sample.numel()].copy_(sample)
+        return rows
 
     def ready(self) -> list[int]:
         """The layers whose statistics hold."""
