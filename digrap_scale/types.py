@@ -147,6 +147,7 @@ class ShardView:
         previous: [N] the weights before the optimizer's last step, or None where nothing keeps them.
         moments: what ``previous`` can be computed from where it is not kept, or None.
         lr: learning rate of the layer's parameter group in this step.
+        offset: which of this rank's elements of the layer is the first here.
     """
 
     spec: ShardSpec
@@ -158,6 +159,7 @@ class ShardView:
     previous: torch.Tensor | None = None
     moments: AdamMoments | None = None
     lr: float = 0.0
+    offset: int = 0
 
     def part(self, part: slice, reference: bool = False) -> ShardView:
         """The same of some of this rank's elements; ``reference`` is left as it is (it may be the part's already), or cut
@@ -169,6 +171,7 @@ class ShardView:
             grad=None if self.grad is None else self.grad[part],
             previous=None if self.previous is None else self.previous[part],
             moments=None if self.moments is None else self.moments.part(part),
+            offset=self.offset + (part.start or 0),
         )
 
 

@@ -155,14 +155,14 @@ def _write_shard(
                 piece_a, piece_b = (source.read(start, stop) for source in (a[tensor.name], tensor))
                 for alpha, file in files.items():
                     try:
-                        file.write(bytes_of(_mix(tensor.name, piece_a, piece_b, alpha)))
+                        file.write(bytes_of(mix(tensor.name, piece_a, piece_b, alpha)))
                         file.flush()  # so that a full disk shows here, with the file's name
                     except OSError as error:
                         raise save_error(targets[alpha] / file_name, error) from error
 
 
-def _mix(name: str, a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(1 − α)·a + α·b in b's dtype."""
+def mix(name: str, a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(1 − α)·a + α·b of (a part of) the tensor ``name``, in b's dtype; see ``interpolate``."""
     if not b.is_floating_point() or name.rsplit(".", 1)[-1] == "num_batches_tracked" or alpha == 1:
         return b
     if alpha == 0:  # no arithmetic: 0 · inf would make a NaN of a mask's -inf

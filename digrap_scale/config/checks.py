@@ -3,28 +3,14 @@ other errors, and every problem comes out at once. What depends on the world siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-Path = tuple[str | int, ...]
-Problem = tuple[Path, str]
+from .method_checks import METHOD_CHECKS
+from .rules import Check, Path, Problem
 
 GENERATIVE_TASKS = ("vqa", "classification-as-vqa")
 CROSS_FIELD = "cross_field"  # pydantic error type of a config whose keys are fine one by one
-
-
-@dataclass(frozen=True)
-class Check:
-    """One rule.
-
-    Attributes:
-        needs: dotted keys whose values ``run`` takes, in this order; it runs only if none of them has a problem.
-        run: yields (path of the key to mend, message).
-    """
-
-    needs: tuple[str, ...]
-    run: Callable[..., Iterable[Problem]]
 
 
 def _length(steps: int | None, epochs: int | None, samples: int | None) -> Iterable[Problem]:
@@ -359,6 +345,7 @@ CHECKS = (
     Check(("evaluation.suite",), _suite_names),
     Check(("evaluation.suite_file",), _suite_file),
     Check(("evaluation.shift_degree", "evaluation.suite", "data.target"), _shift_degree),
+    *METHOD_CHECKS,
 )
 
 
@@ -377,8 +364,14 @@ def cross_field_problems(values: Mapping[str, Any], broken: Collection[Path] = (
         needs = [tuple(need.split(".")) for need in check.needs]
         if any(_overlap(need, path) for need in needs for path in broken):
             continue
-        problems += check.run(*(values[section][key] for section, key in needs))
+        problems += check.run(*(_at(values, need) for need in needs))
     return problems
+
+
+def _at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
 
 
 def _overlap(first: Path, second: Path) -> bool:

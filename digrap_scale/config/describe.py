@@ -11,7 +11,7 @@ import annotated_types
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
-from .checks import Path
+from .rules import Path
 from .schema import Config, Section, check_regex
 
 Typed = tuple[Any, tuple[Any, ...]]  # (annotation, metadata)

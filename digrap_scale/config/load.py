@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError
 from . import strict_yaml
-from .checks import CROSS_FIELD, Path, cross_field_problems
+from .checks import CROSS_FIELD, cross_field_problems
 from .describe import describe, homes, is_section, known_keys, members, nearest, type_at, typed, variants
 from .raw import MAX_SHOWN, Origin, Raw, dotted, one_line, read_text
+from .rules import Path
 from .schema import Config
 from .strict_yaml import YamlError
 from .suite_file import merge_suite_file

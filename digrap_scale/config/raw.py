@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import strict_yaml
-from .checks import Path
+from .rules import Path
 
 MAX_BYTES = 4 * strict_yaml.MAX_CHARACTERS
 MAX_PROBLEMS = 50

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .checks import Path
+from .rules import Path
 
 MAX_CHARACTERS = 256 * 1024  # PyYAML reads ~100 kB a second; a config has a few kB
 MAX_DEPTH = 20  # the schema has five levels

@@ -26,21 +26,36 @@ class Method:
         name: the config's word for it.
         uses_reference: whether it looks at pre-trained weights at all.
         needs_previous: whether ``view.previous``, the weights before the last optimizer step, must be kept.
+        keeps_directions: whether ``view.previous`` is not those, but what the method itself writes there.
+        returns_to_reference: whether a step may put weights back to the reference: zeros would be the end of learning.
         has_strength: whether ω means something for it.
         acts_on_update: whether it has something to do after the optimizer's step.
+        rests_layers: whether there are steps in which it leaves some layers alone (see ``resting``).
         kernels: how large layers are walked; set by whoever drives the method.
     """
 
     name = "none"
     uses_reference = False
     needs_previous = False
+    keeps_directions = False
+    returns_to_reference = False
     has_strength = False
     acts_on_update = False
+    rests_layers = False
     kernels: Kernels = Kernels()
 
-    def prepare(self, projected_L: torch.Tensor) -> None:
-        """Called once: ``projected_L`` [L] bool tells which layers have a reference."""
+    def prepare(self, projected_L: torch.Tensor, names: Sequence[str] = ()) -> None:
+        """Called once: ``projected_L`` [L] bool tells which layers have a reference, ``names`` how they are called."""
         self.projected_L = projected_L
+
+    def begin_step(self, step: int) -> bool:
+        """Called before everything else of step ``step`` (1 is the first; a skipped one may be left out). Returns whether the
+        optimizer is to start anew: its moments and counts of steps become 0."""
+        return False
+
+    def resting(self) -> torch.Tensor:
+        """[L] bool: the layers that do not train in the step under way: neither weights nor optimizer state change."""
+        return torch.zeros_like(self.projected_L)
 
     def statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
         """Local gradient statistics [L, 4] float64 on the shards' device; the backend then sums them over ranks."""

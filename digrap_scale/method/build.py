@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from digrap_scale.config.schema import MethodConfig
 from digrap_scale.errors import ConfigError
 from digrap_scale.method.base import Method
 from digrap_scale.method.digrap import DiGraP
 from digrap_scale.method.digrap_update import DiGraPUpdate
+from digrap_scale.method.ftp import FTP
 from digrap_scale.method.l2sp import L2SP
 from digrap_scale.method.pcgrad import PCGrad
+from digrap_scale.method.probe import LPFT, LinearProbe
 from digrap_scale.method.spd import SPD
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Method, DiGraP, DiGraPUpdate, L2SP, PCGrad, SPD)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Method, DiGraP, DiGraPUpdate, L2SP, PCGrad, SPD, FTP, LinearProbe, LPFT)
+}
 
 
 def build_method(name: str, **options: object) -> Method:
@@ -28,6 +35,9 @@ def build_method(name: str, **options: object) -> Method:
         raise ConfigError(f"method {name}: {error}") from error
 
 
-def from_config(config: MethodConfig) -> Method:
-    """The method that a config's ``method`` section describes."""
-    return build_method(**config.model_dump())
+def from_config(config: MethodConfig, head: Collection[str] = ()) -> Method:
+    """The method that a config's ``method`` section describes; ``head``: the names that its ``head`` amounts to."""
+    options = config.model_dump(exclude={"probe_learning_rate"})  # the schedule's
+    if "head" in options:
+        options["head"] = [f"^{re.escape(name)}$" for name in sorted(head)]
+    return build_method(**options)

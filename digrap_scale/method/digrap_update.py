@@ -25,6 +25,7 @@ class DiGraPUpdate(Method):
 
     Args:
         strength_lr: μ, ω's learning rate.
+        fixed_strength: ω for all time, from the first step on, in place of learning it.
     """
 
     name = "digrap_update"
@@ -33,20 +34,20 @@ class DiGraPUpdate(Method):
     has_strength = True
     acts_on_update = True
 
-    def __init__(self, strength_lr: float = 1e-2) -> None:
-        self.omega = Strength(0, strength_lr)
+    def __init__(self, strength_lr: float = 1e-2, fixed_strength: float | None = None) -> None:
+        self.omega = Strength(0, strength_lr, fixed_strength)
 
-    def prepare(self, projected_L: torch.Tensor) -> None:
-        super().prepare(projected_L)
+    def prepare(self, projected_L: torch.Tensor, names: Sequence[str] = ()) -> None:
+        super().prepare(projected_L, names)
         layers = len(projected_L)
-        self.omega = Strength(layers, self.omega.lr)
+        self.omega = Strength(layers, self.omega.lr, self.omega.fixed)
         self.steps = 0
         self.displacement_sq_L = torch.zeros(layers, dtype=torch.float64)
         # max(a_{t-1}, 0): 0 where the last step was not projected.
         self.coefficient_L = torch.zeros(layers, dtype=torch.float64)
 
     def update(self, stats_LK: torch.Tensor, lr_L: torch.Tensor) -> None:
-        if self.steps > 0:
+        if self.steps > 0 and self.omega.fixed is None:
             self.omega.update(normalize(-self.coefficient_L * stats_LK[:, S.GRAD_PREVIOUS]), self.projected_L)
         self.steps += 1
         self.displacement_sq_L = stats_LK[:, S.DISPLACEMENT_SQ].clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from digrap_scale.method import statistics as S
@@ -14,8 +16,8 @@ class PCGrad(Method):
     name = "pcgrad"
     uses_reference = True
 
-    def prepare(self, projected_L: torch.Tensor) -> None:
-        super().prepare(projected_L)
+    def prepare(self, projected_L: torch.Tensor, names: Sequence[str] = ()) -> None:
+        super().prepare(projected_L, names)
         self.conflict_L = torch.zeros_like(projected_L)
         self.coefficient_L = torch.zeros(len(projected_L), dtype=torch.float64)
 

@@ -32,8 +32,8 @@ class SPD(Method):
             raise ValueError(f"weight must not be negative, found {weight}")
         self.weight = weight
 
-    def prepare(self, projected_L: torch.Tensor) -> None:
-        super().prepare(projected_L)
+    def prepare(self, projected_L: torch.Tensor, names: Sequence[str] = ()) -> None:
+        super().prepare(projected_L, names)
         self.stats_LK = torch.zeros(len(projected_L), S.GRADIENT_STATISTICS, dtype=torch.float64)
 
     def update(self, stats_LK: torch.Tensor, lr_L: torch.Tensor) -> None:

@@ -14,14 +14,17 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 class Strength:
-    """ω ← clip(Adam(ω, h), 0, 1) for L layers."""
+    """ω ← clip(Adam(ω, h), 0, 1) for L layers; or ω = ``fixed`` for all time."""
 
-    def __init__(self, layers: int, lr: float) -> None:
+    def __init__(self, layers: int, lr: float, fixed: float | None = None) -> None:
         if not lr > 0:
             raise ValueError(f"strength_lr must be positive, found {lr}")
+        if fixed is not None and not 0 <= fixed <= 1:
+            raise ValueError(f"fixed_strength must be from 0 to 1, found {fixed}")
         self.lr = lr
+        self.fixed = fixed
         self.step = 0
-        self.value_L = torch.zeros(layers)
+        self.value_L = torch.zeros(layers) if fixed is None else torch.full((layers,), float(fixed))
         self.first_moment_L = torch.zeros(layers)
         self.second_moment_L = torch.zeros(layers)
 
@@ -59,7 +62,10 @@ class Strength:
         self.step = int(state["strength_step"])
 
 
-def normalize(hypergradient_L: torch.Tensor) -> torch.Tensor:
-    """h divided by its L2 norm over layers; 0 stays 0. The paper names ``Normalize`` without a formula: this is our reading."""
-    norm = torch.linalg.vector_norm(hypergradient_L)
+def normalize(hypergradient_L: torch.Tensor, counted_L: torch.Tensor | None = None) -> torch.Tensor:
+    """h divided by its L2 norm over layers; 0 stays 0. The paper names ``Normalize`` without a formula: this is our reading.
+
+    ``counted_L`` [L] bool: the layers that the norm is taken of, one of each group.
+    """
+    norm = torch.linalg.vector_norm(hypergradient_L if counted_L is None else hypergradient_L[counted_L])
     return hypergradient_L / norm if norm > 0 else hypergradient_L

@@ -35,7 +35,7 @@ from digrap_scale.models.embeddings import build_embed
 from digrap_scale.models.families import Family, build_family
 from digrap_scale.models.families.encoders import classifier_config
 from digrap_scale.models.families.packing import check_packable
-from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
+from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm, freeze_body, head_parameters
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.models.hollow import hollow_out, load_hollow, obstacle, renamed
 from digrap_scale.models.processors import load_processor
@@ -70,6 +70,7 @@ class BuiltModel:
         report: lines that tell what regexes and options did.
         slices: reads elements of the parameters on the meta device, by their names in ``model``; None if there are none.
         family: how a generative model is asked; None for others.
+        head: names (of ``model``) that linear probing trains; empty for other methods.
     """
 
     model: nn.Module
@@ -80,6 +81,7 @@ class BuiltModel:
     report: list[str] = field(default_factory=list)
     slices: Slices | None = None
     family: Family | None = None
+    head: set[str] = field(default_factory=set)
 
 
 def build_model(config: Config, num_classes: int | None, open_weights: OpenWeights | None = None) -> BuiltModel:
@@ -116,6 +118,8 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
             wrapped = add_lora(model, settings.lora)
             new = {name for name, _ in wrapped.named_parameters() if original_name(name) in new}
     report += apply_freezing(wrapped, settings)
+    head = head_parameters(wrapped, config.method, new)
+    report += freeze_body(wrapped, config.method, head)
     idle = sorted(name for name, parameter in wrapped.named_parameters() if name in new and not parameter.requires_grad)
     if idle:
         remedy = "add its module to model.lora.modules_to_save" if settings.lora is not None else "do not freeze it"
@@ -132,9 +136,10 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
         family.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
         whole = family.processor
-        return BuiltModel(wrapped, whole, whole.tokenizer, folder, new, report, slices, family)
+        return BuiltModel(wrapped, whole, whole.tokenizer, folder, new, report, slices, family, head)
     processor = _optional(AutoImageProcessor, folder, settings, ("preprocessor_config.json", "processor_config.json"))
-    return BuiltModel(wrapped, processor, load_tokenizer(folder, settings), folder, new, report, slices)
+    tokenizer = load_tokenizer(folder, settings)
+    return BuiltModel(wrapped, processor, tokenizer, folder, new, report, slices, head=head)
 
 
 def _family(folder: Path, model_config: PreTrainedConfig, settings: ModelConfig) -> Family:
@@ -336,6 +341,7 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
         return problems + error.problems
     checks: list[Callable[[], object]] = [
         lambda: apply_freezing(wrapped, settings),
+        lambda: _freeze_body(wrapped, config),
         lambda: build_groups(wrapped, config.optimizer),
     ]
     if config.evaluation.shift_degree is not None:
@@ -354,7 +360,15 @@ def describe_model(config: Config, num_classes: int | None = None) -> list[str]:
     with torch.device("meta"):
         base = meta_model(_read_config(resolve_folder(settings), settings, num_classes), settings)
         model: nn.Module = base if settings.lora is None else add_lora(base, settings.lora)
-    return apply_freezing(model, settings) + describe_groups(build_groups(model, config.optimizer))
+    lines = apply_freezing(model, settings) + _freeze_body(model, config)
+    return lines + describe_groups(build_groups(model, config.optimizer))
+
+
+def _freeze_body(model: nn.Module, config: Config) -> list[str]:
+    """As far as it shows without the checkpoint: which parameters start new does not."""
+    if not getattr(config.method, "head", None):
+        return []
+    return freeze_body(model, config.method, head_parameters(model, config.method, ()))
 
 
 def _one_line(error: Exception) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import MethodType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from digrap_scale.config.schema import ModelConfig
+from digrap_scale.config.schema import LinearProbeMethod, LPFTMethod, MethodConfig, ModelConfig
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.names import matching, nearest, summary
 
@@ -44,6 +45,42 @@ def apply_freezing(model: nn.Module, model_config: ModelConfig) -> list[str]:
     if not any(parameter.requires_grad for parameter in named.values()):
         raise ConfigError("model.freeze, model.train_only: together they leave no parameter to train")
     return lines
+
+
+def head_parameters(model: nn.Module, method: MethodConfig, new: Collection[str]) -> set[str]:
+    """The parameters that linear probing trains: what ``method.head`` matches, or else what starts ``new``; for other methods
+    none.
+
+    Raises:
+        ConfigError: nothing starts new, or a regex matches nothing that trains.
+    """
+    if not isinstance(method, (LinearProbeMethod, LPFTMethod)):
+        return set()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not method.head:
+        if not new:
+            raise ConfigError(
+                "method.head: expected regexes of the head's parameters, found none; the checkpoint has a value for each of "
+                "the model's, so nothing starts new"
+            )
+        return set(new)
+    found: set[str] = set()
+    for pattern in method.head:
+        matched = matching(pattern, trained)
+        if not matched:
+            raise ConfigError(
+                f"method.head: {pattern!r} matches nothing that trains; nearest: {nearest(pattern, trained)}"
+            )
+        found.update(matched)
+    return found
+
+
+def freeze_body(model: nn.Module, method: MethodConfig, head: Collection[str]) -> list[str]:
+    """For ``linear_probe``: freezes everything but ``head``. Returns a line that tells what the head is, for ``lp_ft`` too."""
+    if isinstance(method, LinearProbeMethod):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in head)
+    return [f"method.head: {summary(sorted(head))}"] if head else []
 
 
 def freeze_batch_norm(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -13,8 +14,15 @@ from digrap_scale.models.names import matching, nearest
 DEFAULT_GROUP = "default"
 
 
-def build_groups(model: nn.Module, optimizer_config: OptimizerConfig) -> list[dict[str, Any]]:
+def build_groups(
+    model: nn.Module, optimizer_config: OptimizerConfig, apart: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Groups of the parameters that train: each joins the first group whose regex is found in its name, or the default.
+
+    Args:
+        model: the model.
+        optimizer_config: has the regexes.
+        apart: names that share no group with others: a group that has both is two, with the same settings.
 
     Returns:
         Dicts of ``params`` (list of parameters), ``lr``, ``weight_decay``, ``name`` (the regex, or ``default``). The
@@ -54,7 +62,16 @@ def build_groups(model: nn.Module, optimizer_config: OptimizerConfig) -> list[di
     if left:
         rest = {"params": list(left.values()), "lr": config.learning_rate, "weight_decay": config.weight_decay}
         groups.append({**rest, "name": DEFAULT_GROUP})
-    return groups
+    own = {id(parameter) for name, parameter in named.items() if name in apart}
+    return [part for group in groups for part in _apart(group, own)]
+
+
+def _apart(group: dict[str, Any], own: Collection[int]) -> list[dict[str, Any]]:
+    inside = [parameter for parameter in group["params"] if id(parameter) in own]
+    if not inside or len(inside) == len(group["params"]):
+        return [group]
+    rest = [parameter for parameter in group["params"] if id(parameter) not in own]
+    return [{**group, "params": rest}, {**group, "params": inside, "name": f"{group['name']} (head)"}]
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> list[str]:

@@ -21,7 +21,13 @@ from digrap_scale.reference.placement import HeldReference, ReferenceShards
 from digrap_scale.reference.resolve import DEFAULT_BUFFER_BYTES, Reference, resolve_reference
 from digrap_scale.sharding.base import Backend, unwrapped_name
 from digrap_scale.sharding.build import detect_backend, is_deepspeed_engine, unwrap
-from digrap_scale.sharding.previous import KeptWeights, PreviousWeights, RecomputedWeights, can_recompute
+from digrap_scale.sharding.previous import (
+    KeptDirections,
+    KeptWeights,
+    PreviousWeights,
+    RecomputedWeights,
+    can_recompute,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,8 @@ def attach(
     Args:
         model: a plain module, a DDP module, one sharded by ``fully_shard``, or a DeepSpeed engine (ZeRO 1, 2, 3).
         optimizer: the torch optimizer of the model's parameters; None for a DeepSpeed engine (its own is taken).
-        method: a name (``digrap``, ``digrap_update``, ``l2sp``, ``pcgrad``, ``spd``, ``none``), an instance from
+        method: a name (``digrap``, ``digrap_update``, ``l2sp``, ``pcgrad``, ``spd``, ``ftp``, ``linear_probe``,
+            ``lp_ft``, ``none``), an instance from
             ``digrap_scale.method``, or None (plain; still clips, skips non-finite steps and reports).
         reference: θ₀. ``"initial"`` (a sharded copy of the weights as they are now); a safetensors file, index or
             folder; a mapping of parameter name → full tensor (names absent from it are not projected); ``"zero"``; or
@@ -114,9 +121,12 @@ def attach(
             reference_buffer_bytes,
         )
         projected_L = torch.tensor(projected)
+        if chosen.returns_to_reference:
+            _refuse_zeros(chosen, held, [spec.name for spec in backend.specs], projected)
     weights_before: PreviousWeights | None = None
     if chosen.needs_previous:
-        weights_before = (RecomputedWeights if recompute else KeptWeights)(backend, projected_L)
+        kept = KeptDirections if chosen.keeps_directions else KeptWeights
+        weights_before = (RecomputedWeights if recompute else kept)(backend, projected_L)
     projector = Projector(
         backend,
         chosen,
@@ -127,6 +137,12 @@ def attach(
         fused=fused,
         early=statistics == "backward",
     )
+    if chosen.rests_layers:
+        try:
+            _check_resting(model, backend, chosen)
+        except ConfigError:
+            projector.detach()
+            raise
     logger.info(projector.summary())
     return projector
 
@@ -180,6 +196,31 @@ def _method(method: str | Method | None, options: dict[str, Any]) -> Method:
             raise ConfigError(f"attach: {', '.join(options)}: options go with a method's name, not with an instance")
         return method
     return build_method("none" if method is None else method, **options)
+
+
+def _check_resting(model: Any, backend: Backend, method: Method) -> None:
+    """Raises: ConfigError where layers cannot rest by themselves."""
+    resting = set(method.resting().nonzero().flatten().tolist())
+    if (mixed := backend.together(resting)) is not None:
+        rests, trains = (backend.specs[layer].name for layer in mixed)
+        raise ConfigError(
+            f"{method.name} on {backend.name}: {trains} trains and {rests} rests, but DeepSpeed steps them as one tensor; put "
+            "the head into a parameter group of its own"
+        )
+    if resting and is_deepspeed_engine(model) and model.gradient_clipping() > 0:
+        raise ConfigError(
+            f"{method.name}: the engine would clip by the gradient norm of layers that rest, too; set "
+            '"gradient_clipping": 0 in the DeepSpeed config, and max_grad_norm here'
+        )
+
+
+def _refuse_zeros(method: Method, held: ReferenceShards, names: Sequence[str], projected: Sequence[bool]) -> None:
+    zeros = [name for layer, name in enumerate(names) if projected[layer] and held.is_zero(layer)]
+    if zeros:
+        raise ConfigError(
+            f"reference: it is zero for {len(zeros)} layers ({zeros[0]}, …), and {method.name} puts weights back to it: they "
+            "would never learn; use reference='initial'"
+        )
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:

@@ -20,6 +20,7 @@ from digrap_scale.errors import CheckpointError
 from digrap_scale.method import statistics as S
 from digrap_scale.method.adam import adam_
 from digrap_scale.method.base import Method
+from digrap_scale.method.ftp import FTP
 from digrap_scale.projector.early import EarlyStatistics
 from digrap_scale.projector.report import StepReport
 from digrap_scale.reference.placement import Piece, ReferenceShards
@@ -61,9 +62,10 @@ class Projector:
         self._clip = 1.0
         self._idle = False
         self._stepping: list[int] = []
+        self._resting: list[bool] = []
         self._unstepped = 0
         self._projected: list[bool] = projected_L.tolist()
-        method.prepare(projected_L)
+        method.prepare(projected_L, [spec.name for spec in backend.specs])
         self._early = EarlyStatistics(backend, self._measure) if early else None
         attached.update(backend.hooked)
         self._handles = [optimizer.register_step_pre_hook(closure_first) for optimizer in backend.hooked]
@@ -77,12 +79,17 @@ class Projector:
         backend, method = self.backend, self.method
         views: dict[int, ShardView] = {}
         if backend.first_of_step():
+            if method.begin_step(self.report.step + 1):
+                backend.restart_optimizer_()
+            resting_L = method.resting()
+            self._resting = resting_L.tolist()
             backend.unscale_()
             early = [] if self._early is None else self._early.ready()
             views = self._views(range(len(backend.specs)))
             stats_LK = self._statistics(views, early)
             backend.reduce_(stats_LK)
             stats_LK = stats_LK.cpu()
+            stats_LK[resting_L] = 0.0
             lr_L = torch.tensor([view.lr for view in views.values()], dtype=torch.float64)
             # torch's get_/set_optimizer_state_dict make an optimizer's state by a step with gradient and rate 0.
             self._idle = not lr_L.any() and not stats_LK[:, S.GRAD_SQ].any()
@@ -92,12 +99,16 @@ class Projector:
                 if not self.report.skipped:
                     method.update(_clipped(stats_LK, self._clip), lr_L)
                     self._summarize()
-        self._stepping = list(backend.stepping())
+        handed = list(backend.stepping())
+        self._unstepped -= len(handed)
+        self._stepping = [layer for layer in handed if not self._resting[layer]]
         if self._idle:
             return
         if self.report.skipped:
             backend.drop_gradients()
             return
+        if len(self._stepping) < len(handed):
+            backend.drop_gradients([layer for layer in handed if self._resting[layer]])
         if len(views) != len(self._stepping):
             views = self._views(self._stepping)
         if self._previous is not None:
@@ -151,24 +162,43 @@ class Projector:
             views = self._views(self._stepping)
             if self._previous is not None:
                 self._previous.fill(list(views.values()), self._stepping)
-            row = {layer: i for i, layer in enumerate(self._stepping)}
-            device = next(iter(views.values())).weight.device
-            stats_LK = torch.zeros(len(views), S.UPDATE_STATISTICS, dtype=torch.float64, device=device)
-            for pieces, parts in self._walk(views, self._stepping):
-                rows = torch.tensor([row[piece.layer] for piece in pieces], device=device)
-                stats_LK.index_add_(0, rows, method.update_statistics(parts))
-            backend.reduce_(stats_LK)
-            stats_LK = stats_LK.cpu()
-            for pieces, parts in self._walk(views, self._stepping):
-                of_pieces = [row[piece.layer] for piece in pieces]
-                method.apply_update_(parts, [piece.layer for piece in pieces], stats_LK[of_pieces])
+            if isinstance(method, FTP):
+                self._project_rows(method, views)
+            else:
+                self._change_update(views)
             self._summarize()
         backend.finish_step()
         if self._previous is not None:
             self._previous.forget()
-        self._unstepped -= len(self._stepping)
         if self._unstepped <= 0:
             self._reference.prefetch()
+
+    def _change_update(self, views: dict[int, ShardView]) -> None:
+        """Measure what the optimizer did to ``views``, and change it."""
+        row = {layer: number for number, layer in enumerate(views)}
+        device = next(iter(views.values())).weight.device
+        stats_LK = torch.zeros(len(views), S.UPDATE_STATISTICS, dtype=torch.float64, device=device)
+        for pieces, parts in self._walk(views, list(views)):
+            rows = torch.tensor([row[piece.layer] for piece in pieces], device=device)
+            stats_LK.index_add_(0, rows, self.method.update_statistics(parts))
+        self.backend.reduce_(stats_LK)
+        stats_LK = stats_LK.cpu()
+        for pieces, parts in self._walk(views, list(views)):
+            of_pieces = [row[piece.layer] for piece in pieces]
+            self.method.apply_update_(parts, [piece.layer for piece in pieces], stats_LK[of_pieces])
+
+    def _project_rows(self, method: FTP, views: dict[int, ShardView]) -> None:
+        """Project the rows of the new weights; of the rows that shards cut, ranks tell each other their shares."""
+        layers = list(views)
+        specs = [self.backend.specs[layer] for layer in layers]
+        method.begin_rows(specs, layers, next(iter(views.values())).weight.device)
+        for pieces, parts in self._walk(views, layers):
+            method.measure_rows(parts, [piece.layer for piece in pieces])
+        largest_L = method.join_rows(self.backend.each_rank(method.edges()).cpu())
+        if (broken := ~torch.isfinite(largest_L)).any():
+            raise _not_finite(specs[int(broken.nonzero()[0])].name)
+        for pieces, parts in self._walk(views, layers):
+            method.apply_rows_(parts, [piece.layer for piece in pieces])
 
     # Its parts.
 
@@ -211,12 +241,12 @@ class Projector:
         finite_L = torch.isfinite(stats_LK[:, S.GRAD_SQ])
         broken = (finite_L & ~torch.isfinite(stats_LK[:, S.DISPLACEMENT_SQ])).nonzero().flatten().tolist()
         if broken:
-            name = self.backend.specs[broken[0]].name
-            raise CheckpointError(f"{name}: its weights or their reference hold values that are not finite")
+            raise _not_finite(self.backend.specs[broken[0]].name)
         names = [spec.name for spec, finite in zip(self.backend.specs, finite_L.tolist(), strict=True) if not finite]
         norm = math.sqrt(float(stats_LK[:, S.GRAD_SQ].sum())) if not names else math.nan
         before_clipping = self.backend.grad_norm_before_clipping()
-        self._start_report(norm if before_clipping is None else before_clipping, names)
+        # An engine's norm is one of all layers, also of those that rest.
+        self._start_report(norm if before_clipping is None or any(self._resting) else before_clipping, names)
         if names or self._max_grad_norm is None:
             return 1.0
         # torch.nn.utils.clip_grad_norm_'s formula.
@@ -335,6 +365,10 @@ class Projector:
         if self._early is not None:
             self._early.close()
         self._reference.close()
+
+
+def _not_finite(name: str) -> CheckpointError:
+    return CheckpointError(f"{name}: its weights or their reference hold values that are not finite")
 
 
 def _clipped(stats_LK: torch.Tensor, clip: float) -> torch.Tensor:

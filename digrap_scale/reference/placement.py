@@ -33,6 +33,9 @@ class ReferenceShards(Protocol):
     def pieces(self, layers: Sequence[int]) -> Iterator[list[Piece]]:
         """The layers in order, in portions; a portion's tensors are valid until the next one is asked for."""
 
+    def is_zero(self, layer: int) -> bool:
+        """Whether nothing is held or read for the layer: its reference is zero, or absent."""
+
     def prefetch(self) -> None:
         """Begin to read what a walk over all layers asks for first."""
 
@@ -53,6 +56,9 @@ class HeldReference:
 
     def pieces(self, layers: Sequence[int]) -> Iterator[list[Piece]]:
         yield [self._pieces_L[layer] for layer in layers]
+
+    def is_zero(self, layer: int) -> bool:
+        return self.slices_L[layer] is None
 
     def prefetch(self) -> None:
         """Nothing to read."""

@@ -117,6 +117,9 @@ class StreamedReference:
                 if self._on_accelerator:
                     half.in_use = torch.accelerator.current_stream().record_event()
 
+    def is_zero(self, layer: int) -> bool:
+        return self._sources_L[layer] is None
+
     def prefetch(self) -> None:
         if not self._pending:
             self._pending = [self._fill(i, portion) for i, portion in enumerate(self._all_layers[:2])]

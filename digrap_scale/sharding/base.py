@@ -6,7 +6,7 @@ It never asks which method runs. Shapes: L layers, K statistics, N local element
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class Backend:
         self.hooked: list[Optimizer] = [optimizer]
         self.specs: list[ShardSpec] = [self.spec(name, parameter) for name, parameter, _ in self._trained]
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._dropped_grads: list[torch.Tensor | None] = []
+        self._dropped: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
         """Which elements of ``parameter`` this rank holds."""
@@ -208,6 +208,10 @@ class Backend:
     def reduce_(self, stats_LK: torch.Tensor) -> None:
         """Sum statistics over the ranks that hold different shards, in place: one all-reduce, or none for replicas."""
 
+    def each_rank(self, stats_LK: torch.Tensor) -> torch.Tensor:
+        """The statistics of every rank that holds different shards, [R, L, K]: one all-gather, or none for replicas."""
+        return stats_LK.unsqueeze(0)
+
     def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
         """The full tensor, on every rank, whose [N] parts (of layer ``layer``) the ranks hold. Collective if sharded."""
         return local.view(self.specs[layer].shape)
@@ -218,17 +222,35 @@ class Backend:
             original.copy_(copy.view(original.shape))
         self._copied = []
 
-    def drop_gradients(self) -> None:
-        """Make the optimizer leave weights and state alone in the step under way: torch's optimizers skip ``None``."""
-        self._dropped_grads = [parameter.grad for _, parameter, _ in self._trained]
-        for _, parameter, _ in self._trained:
-            parameter.grad = None
+    def drop_gradients(self, layers: Sequence[int] | None = None) -> None:
+        """Make the optimizer leave weights and state of ``layers`` (all that it steps by default) alone in the step under
+        way: torch's optimizers skip ``None``."""
+        for layer in range(len(self.specs)) if layers is None else layers:
+            self._drop(self._trained[layer][1])
+
+    def _drop(self, stepped: torch.Tensor) -> None:
+        self._dropped.append((stepped, stepped.grad))
+        stepped.grad = None
+
+    def together(self, layers: Collection[int]) -> tuple[int, int] | None:
+        """A layer of ``layers`` and another one that the optimizer steps as one tensor with it; None: there are none."""
+        return None
+
+    def restart_optimizer_(self) -> None:
+        """Put the optimizer's state back to where it began: moments and counts of steps are 0."""
+        for optimizer in self.hooked:
+            for state in optimizer.state.values():
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+                    elif key == STEP:
+                        state[key] = 0
 
     def finish_step(self) -> None:
         """Called after the optimizer's step: dropped gradients are there again, for whoever looks at them."""
-        for (_, parameter, _), grad in zip(self._trained, self._dropped_grads, strict=False):
-            parameter.grad = grad
-        self._dropped_grads = []
+        for stepped, grad in reversed(self._dropped):  # the first time that one was dropped counts
+            stepped.grad = grad
+        self._dropped = []
 
     def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
         """Call ``there(layer)`` whenever backward has finished a layer's gradient, reduced over ranks where that is the
@@ -290,6 +312,16 @@ def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
         tensor.copy_(moved)
     else:
         dist.all_reduce(tensor, group=group)
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Every rank's tensor, [R, ...], in rank order; as ``all_reduce_``, by the accelerator where there is no other way."""
+    sent = tensor
+    if tensor.device.type == "cpu" and "cpu:" not in dist.get_backend_config(group):
+        sent = tensor.to(torch.accelerator.current_accelerator())
+    gathered = sent.new_empty((dist.get_world_size(group), *sent.shape))
+    dist.all_gather(list(gathered.unbind()), sent.contiguous(), group=group)
+    return gathered
 
 
 def gather_intervals(spec: ShardSpec, local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

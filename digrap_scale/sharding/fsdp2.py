@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals, unwrapped_name
+from digrap_scale.sharding.base import Backend, all_gather, all_reduce_, gather_intervals, unwrapped_name
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.sharding.materialize import fill_, local_numel_before, materialize
 from digrap_scale.types import ShardSpec, Slices
@@ -49,6 +50,7 @@ class FSDP2Backend(Backend):
         self._group: dist.ProcessGroup | None = None
         self._mesh: object = None
         self._axis = 0
+        self._model = model
         super().__init__(model, optimizer)
         if self._group is None:
             raise ConfigError("fsdp2: no trained parameter is sharded; call fully_shard on the model before attach()")
@@ -130,6 +132,14 @@ class FSDP2Backend(Backend):
     @property
     def shard_ranks(self) -> int:
         return dist.get_world_size(self._group)
+
+    def weights_changed(self) -> None:
+        for module in self._model.modules():  # what a forward has gathered and kept is out of date
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def each_rank(self, stats_LK: torch.Tensor) -> torch.Tensor:
+        return all_gather(stats_LK, self._group)
 
     def reduce_(self, stats_LK: torch.Tensor) -> None:
         assert self._group is not None

@@ -87,6 +87,16 @@ class KeptWeights:
             self._kept_L[layer] = None if full is None else full.to(weights[layer]).clone()
 
 
+class KeptDirections(KeptWeights):
+    """One tensor of the shard's size and dtype that the method writes, zeros at first."""
+
+    def note_step(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Called before the optimizer changes ``layers``: there is room for what the method will keep."""
+        for layer, view in zip(layers, views, strict=True):
+            if self._wanted_L[layer] and self._kept_L[layer] is None:
+                self._kept_L[layer] = torch.zeros_like(view.weight)
+
+
 class RecomputedWeights:
     """No memory: the last update follows from the optimizer's moments and the settings that it was taken with."""
 

@@ -8,7 +8,7 @@ and each hook changes its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend, all_reduce_, gather_intervals, unwrapped_name
+from digrap_scale.sharding.base import Backend, all_gather, all_reduce_, gather_intervals, unwrapped_name
 from digrap_scale.types import ShardSpec, ShardView
 
 
@@ -38,7 +38,7 @@ class ZeroBackend(Backend):
         self.hooked = [self._zero.optimizer]
         self.specs = []
         self._copied = []
-        self._dropped: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._dropped = []
         self._place: list[Place] = []
         self._group: dist.ProcessGroup | None = None
 
@@ -133,17 +133,22 @@ class ZeroBackend(Backend):
     def reduce_(self, stats_LK: torch.Tensor) -> None:
         all_reduce_(stats_LK, self._group)
 
-    def drop_gradients(self) -> None:
-        flats = [self._flats[number] for number in sorted(self._active())]
-        self._dropped = [(flat, flat.grad) for flat in flats]
-        for flat in flats:
-            flat.grad = None
+    def each_rank(self, stats_LK: torch.Tensor) -> torch.Tensor:
+        return all_gather(stats_LK, self._group)
 
-    def finish_step(self) -> None:
-        # With an offloaded optimizer the gradient's memory is the engine's own buffer: it must be there again.
-        for flat, grad in self._dropped:
-            flat.grad = grad
-        self._dropped = []
+    def drop_gradients(self, layers: Sequence[int] | None = None) -> None:
+        # They are there again after the step: with an offloaded optimizer their memory is the engine's own buffer.
+        active = self._active()
+        wanted = active if layers is None else {self._place[layer].flat for layer in layers} & active
+        for number in sorted(wanted):
+            self._drop(self._flats[number])
+
+    def together(self, layers: Collection[int]) -> tuple[int, int] | None:
+        inside = {self._place[layer].flat: layer for layer in layers}
+        for layer, place in enumerate(self._place):
+            if layer not in layers and place.flat in inside:
+                return inside[place.flat], layer
+        return None
 
     def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
         raise ConfigError(

@@ -70,6 +70,8 @@ class Zero3Backend(ZeroBackend):
 
     def weights_changed(self) -> None:
         zero = self._zero
+        # What an evaluation's forward has gathered and kept is out of date; the optimizer's step begins with the same call.
+        zero.parameter_offload.partition_all_parameters()
         for sub_group in range(len(self._flats)):
             # What its step and its own loading call; there is no public function. tests/distributed/test_resume.py needs it.
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,12 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     base = getattr(built.model, "get_base_model", lambda: built.model)
     base_class = type(base())
     engine = build_engine(
-        built.model, lambda model: make_optimizer(model, config), config, here.device, here.world_size, built.slices
+        built.model,
+        lambda model: make_optimizer(model, config, built.head),
+        config,
+        here.device,
+        here.world_size,
+        built.slices,
     )
     seed_everything(config.run.seed, here.rank)
     evaluates = classes is not None or config.model.generative
@@ -57,10 +63,13 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     return BuiltRun(built, engine, model_class, base_class, task)
 
 
-def make_optimizer(model: nn.Module, config: Config) -> Optimizer:
-    """torch's optimizer of the config's name, over the config's parameter groups; fused where the device has it."""
+def make_optimizer(model: nn.Module, config: Config, head: Collection[str] = ()) -> Optimizer:
+    """torch's optimizer of the config's name, over the config's parameter groups; fused where the device has it.
+
+    ``head`` has groups of its own: it may train while the rest does not.
+    """
     options = config.optimizer
-    groups = build_groups(model, options)
+    groups = build_groups(model, options, head)
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
     cls = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
@@ -71,7 +80,7 @@ def attach_projector(run: BuiltRun, config: Config) -> Projector:
     """The method of the config, attached to the run's optimizer; see ``attach``. Collective."""
     model, optimizer = run.engine.attached_to
     source = config.reference.source
-    method = from_config(config.method)
+    method = from_config(config.method, run.built.head)
     reference: str | Path | None = run.built.checkpoint_folder if source == "pretrained" else source
     if config.model.lora is not None and source == "pretrained" and not config.model.lora.modules_to_save:
         reference = None  # adapters only: their reference is zero, the base's is not needed

@@ -40,13 +40,17 @@ def train_steps(
         Preempted, SaveError: see ``Keeper.after_step``.
         NonFiniteError: ``training.max_skipped_steps`` steps in a row had a gradient that is not finite.
     """
-    schedule = LearningRate(engine.optimizer, config.schedule, total_steps)
+    schedule = LearningRate(engine.optimizer, config.schedule, total_steps, config.method)
     stream = iter(batches)
     cut = partial(forwards, task=task, config=config, place=place)
     engine.model.train()
     skipped_in_a_row = 0
     for step in range(start_step + 1, total_steps + 1):
         learning_rate = schedule.set(step - 1)
+        if step - 1 == schedule.probe_steps > 0:
+            log.message(
+                f"step {step}: the probe is over; from here on everything trains, and the optimizer starts anew"
+            )
         loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step), cut)
         keeper.watch.at(step, "optimizer step")
         seen = projector.report.step

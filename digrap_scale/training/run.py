@@ -12,7 +12,6 @@ from digrap_scale.config import Config
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
-from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.training.batches import (
     count_steps,
@@ -30,6 +29,7 @@ from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
 from digrap_scale.training.setup import Place, collective_timeout_s, peer_errors, place, shared_store
+from digrap_scale.training.wise_ft import check_interpolation, interpolated_rows
 
 
 def train(config: Config) -> None:
@@ -68,7 +68,8 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
         for line in start.notes:
             log.message(line)
         run = build_run(config, here)
-        groups = build_groups(run.engine.module, config.optimizer)
+        check_interpolation(run, config)
+        groups = build_groups(run.engine.module, config.optimizer, run.built.head)
         for line in skipped_lines(data) + run.built.report + describe_groups(groups):
             log.message(line)
         projector = attach_projector(run, config)
@@ -85,8 +86,9 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
             save_final(run, folder / "final", here)
             log.message(f"weights: {folder / 'final'}")
         if config.evaluation.at_end and config.evaluation.suite:
-            result = evaluate_run(run, config, here)
-            here.on_rank_0(lambda: _report(config, folder, result))
+            rows = [ReportRow(config.method.name, evaluate_run(run, config, here))]
+            rows += interpolated_rows(run, projector.backend, config, here)
+            here.on_rank_0(lambda: _report(config, folder, rows))
 
 
 @contextmanager
@@ -104,9 +106,8 @@ def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) ->
         watch.close()
 
 
-def _report(config: Config, folder: Path, result: SuiteResult) -> None:
+def _report(config: Config, folder: Path, rows: list[ReportRow]) -> None:
     """The run's own table: ``results.*`` in its folder, and on the screen."""
-    rows = [ReportRow(config.method.name, result)]
     notes = [
         f"learning rate {config.optimizer.learning_rate:g}, {config.optimizer.name}, seed {config.run.seed}",
         f"training shards: {', '.join(training_patterns(config))}",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from digrap_scale.config.schema import ScheduleConfig
+from digrap_scale.config.schema import LPFTMethod, MethodConfig, ScheduleConfig
 from digrap_scale.errors import ConfigError
 
 
@@ -42,21 +42,34 @@ class LearningRate:
     Works for torch optimizers and DeepSpeed engines or optimizers alike (all of them show ``param_groups``), and holds
     no state: the step number says it all, so that a resumed run needs nothing but its step.
 
+    With ``lp_ft`` each of its phases goes through the schedule by itself, the first one with a peak of its own.
+
     Args:
         optimizer: anything with ``param_groups``, or an engine whose ``optimizer`` has them.
         schedule: the config's ``schedule`` section.
         total_steps: optimizer steps of the whole run.
+        method: the config's ``method`` section.
+
+    Attributes:
+        probe_steps: length of the first phase; 0 where there is one phase.
 
     Raises:
-        ConfigError: the warm-up is not shorter than the run.
+        ConfigError: the warm-up is not shorter than the run, or than each of its phases.
     """
 
-    def __init__(self, optimizer: Any, schedule: ScheduleConfig, total_steps: int) -> None:
-        if schedule.warmup_steps >= total_steps:
-            raise ConfigError(
-                f"schedule.warmup_steps is {schedule.warmup_steps}, but the run has {total_steps} steps: the peak "
-                "would never be reached; shorten the warm-up or train longer"
-            )
+    def __init__(
+        self, optimizer: Any, schedule: ScheduleConfig, total_steps: int, method: MethodConfig | None = None
+    ) -> None:
+        self.probe_steps, self._probe_peak = 0, None
+        if isinstance(method, LPFTMethod):
+            self.probe_steps, self._probe_peak = method.probe_steps, method.probe_learning_rate
+        for steps in (total_steps - self.probe_steps, self.probe_steps) if self.probe_steps else (total_steps,):
+            if schedule.warmup_steps >= steps:
+                what = f"a phase of lp_ft has {steps}" if self.probe_steps else f"the run has {steps}"
+                raise ConfigError(
+                    f"schedule.warmup_steps is {schedule.warmup_steps}, but {what} steps: the peak would never be reached; "
+                    "shorten the warm-up or train longer"
+                )
         self._owner = optimizer if hasattr(optimizer, "param_groups") else optimizer.optimizer
         self._schedule = schedule
         self._total_steps = total_steps
@@ -67,10 +80,15 @@ class LearningRate:
 
     def set(self, step: int) -> float:
         """Sets the learning rates for ``step`` (0 is the first). Returns the largest of the groups' learning rates."""
-        factor = learning_rate_factor(step, self._schedule, self._total_steps)
-        for group, peak in zip(self._owner.param_groups, self._peaks, strict=True):
+        probing = step < self.probe_steps
+        begin, end = (0, self.probe_steps) if probing else (self.probe_steps, self._total_steps)
+        factor = learning_rate_factor(step - begin, self._schedule, end - begin)
+        peaks = self._peaks
+        if probing and self._probe_peak is not None:
+            peaks = [self._probe_peak] * len(peaks)
+        for group, peak in zip(self._owner.param_groups, peaks, strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(peak * factor)  # in place: compiled and capturable optimizers hold on to the tensor
             else:
                 group["lr"] = peak * factor
-        return max(self._peaks) * factor
+        return max(peaks) * factor

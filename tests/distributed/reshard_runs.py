@@ -57,7 +57,7 @@ class Run:
                     "run": {"folder": str(folder)},
                     "model": {"path": "odd", "task": "classification"},
                     "data": {"train": ["none.tar"], "classes": "none.json"},
-                    "method": {"name": method, "strength_lr": 0.05},
+                    "method": {"name": method, "strength_lr": 0.05} if method != "ftp" else {"name": "none"},
                     "reference": {"source": "zero"},
                     "optimizer": {"learning_rate": 1e-2},
                     "training": {"steps": STEPS + 1, "global_batch_samples": SAMPLES},
@@ -70,7 +70,10 @@ class Run:
         self.place = Place(rank, size, torch.device("cpu"))
         self.engine = build_engine(model, make_optimizer, self.config, self.place.device, size)
         self.projector = digrap_scale.attach(
-            *self.engine.attached_to, method=method, reference=theta0, strength_lr=0.05
+            *self.engine.attached_to,
+            method=method,
+            reference=theta0,
+            **({"strength_lr": 0.05} if method != "ftp" else {"annealing": 0.5}),
         )
         built = SimpleNamespace(checkpoint_folder=Path("none"))
         run: Any = SimpleNamespace(engine=self.engine, built=built, model_class=Odd)

@@ -41,7 +41,10 @@ def values_of(path: Path, folder: Path, backend: str, **sections: dict[str, Any]
         "logging": {"every_steps": 1, "tensorboard": False},
     }
     for section, changes in sections.items():
-        values[section] = {**values.get(section, {}), **changes}
+        kept = values.get(section, {})
+        if not changes.get("name", "digrap").startswith("digrap") and section == "method":
+            kept = {}  # another method has other keys
+        values[section] = {**kept, **changes}
     return values
 
 

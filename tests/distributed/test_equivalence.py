@@ -27,10 +27,14 @@ TOLERANCE = 1e-5  # float32: 30 steps, sums in another order
 
 def expected(case: Case) -> Reference:
     model = make_toy()
-    theta0 = theta0_of(case, model)
+    theta0 = {} if case.probes else theta0_of(case, model)
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     options = {key: value for key, value in case.options.items() if key not in OURS}
+    if "grouping" in options:
+        options["grouping"] = {"module": lambda name: name.rpartition(".")[0], "block": block_of}[options["grouping"]]
+    if case.probes:
+        options["head"] = "head."
     reference = Reference(
         trained,
         theta0,
@@ -41,6 +45,10 @@ def expected(case: Case) -> Reference:
         **options,
     )
     return run(reference, lambda w, batch: pure_loss({**w, **frozen}, batch), make_batches(case.steps, case.samples))
+
+
+def block_of(name: str) -> str:
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name
 
 
 def compare(case: Case, got: dict, reference: Reference, tolerance: float = TOLERANCE) -> None:
@@ -55,7 +63,18 @@ def compare(case: Case, got: dict, reference: Reference, tolerance: float = TOLE
         assert max(reference.omega.values()) > 0.02, "the run does not exercise ω"
     for report, norm in zip(got["reports"], reference.grad_norms, strict=True):
         assert report["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert reference.conflicts > 20 or case.method == "l2sp" or case.method == "spd"
+    if case.method == "ftp":
+        check_gammas(got, reference, tolerance)
+    assert reference.conflicts > 20 or case.method in ("l2sp", "spd") or case.probes
+
+
+def check_gammas(got: dict, reference: Reference, tolerance: float) -> None:
+    gammas = got["state"]["layers"]["gamma"]
+    for name, gamma in reference.gamma.items():
+        assert float(gammas[name]) == pytest.approx(gamma, abs=tolerance), name
+    assert max(reference.gamma.values()) > 0.02, "γ does not grow"
+    projected = sum(bool((reference.c_norms[n] > gamma).any()) for n, gamma in reference.gamma.items())
+    assert projected > 4, "in the last step no row is projected"
 
 
 METHODS = {
@@ -64,6 +83,10 @@ METHODS = {
     "pcgrad": {},
     "l2sp": {"weight": 0.1},
     "spd": {"weight": 0.5},
+    "ftp": {"annealing": 0.5},
+    "linear_probe": {"head": ["^head"]},
+    # Not 12: there an element's first gradient of the second phase is next to 0, of which Adam makes a full step.
+    "lp_ft": {"head": ["^head"], "probe_steps": 10},
 }
 
 
@@ -77,7 +100,15 @@ def test_single_process(method: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"normalization": "cosine"}, {"normalization": "none"}, {"hypergradient": "conflicts"}, {"previous": "stored"}],
+    [
+        {"normalization": "cosine"},
+        {"normalization": "none"},
+        {"hypergradient": "conflicts"},
+        {"previous": "stored"},
+        {"grouping": "module"},
+        {"grouping": "block"},
+        {"grouping": "block", "normalization": "cosine"},
+    ],
 )
 def test_single_process_variants(options: dict) -> None:
     case = Case("single", options={"strength_lr": 0.05, **options})
@@ -93,9 +124,19 @@ CASES: dict[str, dict] = {
     "both": {"accumulation": 2, "max_grad_norm": 0.5},
     "stored": {"options": {"strength_lr": 0.05, "previous": "stored"}, "max_grad_norm": 0.5},
     "update": {"method": "digrap_update"},
+    "blocks": {"options": {"strength_lr": 0.05, "grouping": "block"}},
+    "fixed": {"options": {"fixed_strength": 0.5}, "max_grad_norm": 0.5},
     "pcgrad": {"method": "pcgrad", "without_reference": (".gain",)},
     "l2sp": {"method": "l2sp", "max_grad_norm": 0.5},
     "spd": {"method": "spd"},
+    "ftp": {"method": "ftp", "max_grad_norm": 0.5},
+    "probe": {"method": "linear_probe", "max_grad_norm": 0.1},
+    "lp_ft": {"method": "lp_ft", "max_grad_norm": 0.1, "accumulation": 2},
+    "lp_ft_fused": {"method": "lp_ft", "options": {**METHODS["lp_ft"], "projection": "fused"}},
+    "ftp_accumulation": {"method": "ftp", "accumulation": 2},
+    "ftp_large": {"method": "ftp", "large_elements": 4},
+    "ftp_stream": {"method": "ftp", "options": {"annealing": 0.5, "reference_placement": "stream"}},
+    "ftp_fused": {"method": "ftp", "options": {"annealing": 0.5, "projection": "fused"}, "max_grad_norm": 0.5},
     # Adam's step taken in the hook: small layers together, and large ones (all that a rank holds 4 elements of) one by one.
     "fused": {"options": {"strength_lr": 0.05, "projection": "fused"}, "max_grad_norm": 0.5},
     "fused_large": {"options": {"strength_lr": 0.05, "projection": "fused"}, "max_grad_norm": 0.5, "large_elements": 4},
@@ -123,7 +164,7 @@ OURS = ("previous", "projection", "reference_placement", "statistics")  # how it
 
 def make_cases(backend: str, file: str) -> dict[str, Case]:
     cases = {key: Case(backend, **{"options": METHODS[v.get("method", "digrap")], **v}) for key, v in CASES.items()}
-    cases |= {key: replace(cases[key], reference_file=file) for key in cases if key.startswith("stream")}
+    cases |= {key: replace(cases[key], reference_file=file) for key in cases if "stream" in key}
     if backend == "fsdp2":
         for key, value in EARLY.items():
             early = {"strength_lr": 0.05, "statistics": "backward", "projection": value.get("projection", "separate")}
@@ -149,14 +190,20 @@ def make_cases(backend: str, file: str) -> dict[str, Case]:
             options=METHODS["digrap_update"],
             zero={"zero_optimization": {"sub_group_size": 4}},
         )
+        cases["lp_ft_sub_groups"] = Case(
+            backend, "lp_ft", options=METHODS["lp_ft"], zero={"zero_optimization": {"sub_group_size": 4}}
+        )
+        cases["ftp_sub_groups"] = Case(
+            backend, "ftp", options=METHODS["ftp"], zero={"zero_optimization": {"sub_group_size": 4}}
+        )
     return cases
 
 
 def quick_ranks(key: str) -> tuple[int, ...]:
     """On how many ranks a case runs by default."""
-    if key.startswith(("fused", "stream", "sub_groups", "update_sub_groups")):
+    if key.startswith(("fused", "stream", "sub_groups", "update_sub_groups", "ftp_", "lp_ft_")):
         return (3,)
-    return (2, 3) if key in ("plain", "again", "update", "both", "early") else (2,)
+    return (2, 3) if key in ("plain", "again", "update", "both", "early", "ftp", "lp_ft") else (2,)
 
 
 PLACES = [
@@ -182,7 +229,9 @@ def trained(
     return backend, cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all, cases)
 
 
-@pytest.mark.parametrize("key", [*CASES, *EARLY, "sub_groups", "engine_clips", "update_sub_groups", "fused_sub_groups"])
+@pytest.mark.parametrize(
+    "key", [*CASES, *EARLY, "sub_groups", "engine_clips", "update_sub_groups", "fused_sub_groups", "ftp_sub_groups"]
+)
 def test_equals_one_process(trained: tuple[str, dict[str, Case], list[dict]], key: str) -> None:
     backend, cases, results = trained
     if key not in cases:

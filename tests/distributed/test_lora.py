@@ -47,6 +47,7 @@ def make_cases(file: Path) -> dict[str, LoraCase]:
         "update": LoraCase("digrap_update"),
         "head": LoraCase(head=True, reference=str(file)),
         "initial": LoraCase(reference="initial"),
+        "ftp": LoraCase("ftp", reference="initial", options={"annealing": 0.5}),
     }
 
 
@@ -83,13 +84,15 @@ def check(case: LoraCase, got: dict[str, Any], reference: Reference) -> None:
             got["weights"][name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
         assert got["strength"][name] == pytest.approx(reference.omega[name], abs=TOLERANCE), name
-    assert max(reference.omega.values()) > 0.02 and reference.conflicts > 20, "the run does not exercise ω"
+    exercised = max(reference.gamma.values()) > 0.02 if case.method == "ftp" else max(reference.omega.values()) > 0.02
+    assert exercised and reference.conflicts > 20, "the run does not exercise ω, or γ"
     assert all("lora_" in name or name.startswith(HEAD) for name in got["rows"]), "a row for the frozen base"
     if case.head:
         assert sorted(set(got["read"])) == ["head.bias", "head.weight"] and got["opened"] == [case.reference]
     else:
         assert got["read"] == got["opened"] == []
     kept = got["share"] if case.reference == "initial" or case.method == "digrap_update" else got["share_of_head"]
+    kept *= 2 if case.method == "ftp" else 1  # the reference, and its directions
     assert got["held"] == kept
 
 
@@ -109,7 +112,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all_lora, backend, cases)
 
 
-KEYS = ("adapters", "update", "head", "initial")
+KEYS = ("adapters", "update", "head", "initial", "ftp")
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -12,7 +12,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.reshard_runs import STEPS, first, firsts, second, seconds
 from tests.distributed.resume_runs import tensors_of
 
-METHODS = ("digrap", "digrap_update")
+METHODS = ("digrap", "digrap_update", "ftp")
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def take_up(ranks: int, sources: Path, folder: Path, pairs: list[tuple[str, str]
 def test_two_ranks_to_one_process(tmp_path: Path) -> None:
     """The short form of what follows."""
     cases = {
-        f"{backend}-digrap_update": (backend, "digrap_update", str(tmp_path / backend))
-        for backend in ("fsdp2", "zero3")
+        f"{backend}-{method}": (backend, method, str(tmp_path / f"{backend}-{method}"))
+        for backend, method in (("fsdp2", "digrap_update"), ("zero3", "digrap_update"), ("zero3", "ftp"))
     }
     run_ranks(2, tmp_path / "ranks", firsts, cases)
-    for backend in ("fsdp2", "zero3"):
-        second("single", "digrap_update", str(tmp_path / backend), str(tmp_path / f"{backend}-single"))
-        check_taken_up(tmp_path / backend, tmp_path / f"{backend}-single")
+    for name, (_, method, folder) in cases.items():
+        second("single", method, folder, str(tmp_path / f"{name}-single"))
+        check_taken_up(Path(folder), tmp_path / f"{name}-single")
 
 
 @pytest.mark.slow

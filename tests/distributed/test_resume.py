@@ -21,8 +21,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"sharding": {"mixed_precision": "bfloat16"}, "model": {"freeze": ["embeddings"]}},
     "update": {"method": {"name": "digrap_update"}, "data": {"workers": 1}, "checkpoint": {"asynchronous": True}},
     "sgd": {"optimizer": {"name": "sgd", "momentum": 0.9}, "reference": {"previous": "stored"}},
+    "ftp": {"method": {"name": "ftp"}},
+    # The checkpoint is one within the first phase; one at its end.
+    "probe": {"method": {"name": "lp_ft", "head": ["classifier"], "probe_steps": 4}, "schedule": {"warmup_steps": 1}},
+    "probed": {"method": {"name": "lp_ft", "head": ["classifier"], "probe_steps": 3}},
     "float16": {"sharding": {"mixed_precision": "float16"}},  # ZeRO's alone
 }
+
+
+KINDS_OF_ONE = ["full", "lora", "ftp", "probe", "probed"]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +60,11 @@ def check_same(folder: Path, kind: str, keys: list[dict[str, list[list[str]]]]) 
     assert any(not torch.equal(before[key], value) for key, value in theirs.items()), "nothing was trained"
     moments = {"momentum_buffer"} if kind == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
     assert {key.split(".")[-1] for key in ours if key.startswith("optimizer.")} == moments
-    assert any(key.startswith("method.previous.") for key in ours) == (kind in ("update", "sgd"))
+    assert any(key.startswith("method.previous.") for key in ours) == (kind in ("update", "sgd", "ftp"))
     ours, theirs = (load_file(path / "method.safetensors") for path in (resumed, straight))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items()) and ours.keys() == theirs.keys()
-    assert max(float(value) for key, value in ours.items() if key.startswith("strength/")) > 0.005
+    learned = {"ftp": "gamma", "probe": None, "probed": None}.get(kind, "strength")
+    assert learned is None or max(float(v) for key, v in ours.items() if key.startswith(f"{learned}/")) > 0.005
     for rank, of_rank in enumerate(keys):
         assert of_rank[f"{kind}-resumed"] == of_rank[kind][3:] and of_rank[kind], f"rank {rank}: other samples"
         ours, theirs = (load_file(path / "rng" / f"rank-{rank}.safetensors") for path in (resumed, straight))
@@ -76,7 +84,9 @@ def check(backend: str, kinds: list[str], model: Path, folder: Path) -> None:
         check_same(folder, kind, keys)
 
 
-@pytest.mark.parametrize(("backend", "kinds"), [("fsdp2", ["lora", "sgd"]), ("zero3", ["full", "float16"])])
+@pytest.mark.parametrize(
+    ("backend", "kinds"), [("fsdp2", ["lora", "sgd", "probe"]), ("zero3", ["full", "float16", "probe"])]
+)
 def test_bit_for_bit(backend: str, kinds: list[str], model: Path, tmp_path: Path) -> None:
     check(backend, kinds, model, tmp_path)
 
@@ -88,7 +98,7 @@ def test_bit_for_bit_whatever_is_trained(backend: str, model: Path, tmp_path: Pa
 
 
 def test_bit_for_bit_in_one_process(model: Path, tmp_path: Path) -> None:
-    runs = straight_and_resumed(model, tmp_path, "single", ["full", "lora"])
+    runs = straight_and_resumed(model, tmp_path, "single", KINDS_OF_ONE)
     keys = [{name: run_here(values) for name, values in runs.items()}]
-    for kind in ("full", "lora"):
+    for kind in KINDS_OF_ONE:
         check_same(tmp_path, kind, keys)

@@ -31,6 +31,8 @@ CORE = {
     "2 plain": case(2, max_grad_norm=0.5),
     "2 update, engine clips by default": case(2, "digrap_update", max_grad_norm=1.0, zero={"gradient_clipping": None}),
     "2 accumulation": case(2, accumulation=2),
+    "1 ftp": case(1, "ftp"),
+    "2 lp_ft": case(2, "lp_ft", max_grad_norm=0.1),
     "1 fused": replace(case(1, max_grad_norm=0.5), options=FUSED, large_elements=4),
     "2 fused": replace(case(2, accumulation=2), options=FUSED),
 }
@@ -41,6 +43,10 @@ OPTIONS = {
     "1 gradients not contiguous": case(1, "digrap", {"contiguous_gradients": False}, max_grad_norm=0.5),
     "1 no norm": case(1, "digrap", {"compute_grad_norm": False}, max_grad_norm=0.5),
     "1 offload": case(1, "digrap", OFFLOAD, zero={"zero_force_ds_cpu_optimizer": False}),
+    "2 ftp, offload, engine clips": case(
+        2, "ftp", OFFLOAD, max_grad_norm=0.5, zero={"zero_force_ds_cpu_optimizer": False, **CLIPS}
+    ),
+    "1 lp_ft, offload": case(1, "lp_ft", OFFLOAD, zero={"zero_force_ds_cpu_optimizer": False}),
     "2 l2sp": case(2, "l2sp", max_grad_norm=0.5),
     "2 round robin": case(2, "digrap_update", {"round_robin_gradients": True}),
     "2 aligned": case(2, "digrap", {"parameter_alignment": True}, max_grad_norm=0.5),

@@ -47,18 +47,25 @@ class Case:
     fsdp: dict[str, Any] = field(default_factory=dict)  # arguments of fsdp_toy.shard_toy; sync: see fsdp_toy.set_sync
     samples: int = GLOBAL_BATCH  # a step, over all ranks
 
+    @property
+    def probes(self) -> bool:
+        return self.method in ("linear_probe", "lp_ft")
+
 
 def group_of(name: str) -> str:
     return "plain" if "bias" in name or "unused" in name or "gain" in name else "main"
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    groups: dict[str, list[torch.nn.Parameter]] = {"main": [], "plain": []}
+def make_optimizer(model: torch.nn.Module, head_apart: bool = False) -> torch.optim.Optimizer:
+    """Two groups, or four: the head's in groups of its own."""
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {("main", False): [], ("plain", False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[group_of(name)].append(parameter)
+            key = (group_of(name), head_apart and name.startswith("head"))
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": groups[key], "lr": LR[key], "weight_decay": DECAY[key]} for key in groups], foreach=False
+        [{"params": group, "lr": LR[key], "weight_decay": DECAY[key]} for (key, _), group in groups.items()],
+        foreach=False,
     )
 
 
@@ -91,22 +98,24 @@ def _train_toy(case: Case) -> dict[str, Any]:
     engine: Any = None
     optimizer: Any = None
     if case.backend == "single":
-        optimizer = make_optimizer(model)
+        optimizer = make_optimizer(model, case.probes)
         wrapped: Any = model
     elif case.backend == "ddp":
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-        optimizer = make_optimizer(model)
+        optimizer = make_optimizer(model, case.probes)
     elif case.backend == "fsdp2":
         shard_toy(model, bfloat16=case.bfloat16, **{key: v for key, v in case.fsdp.items() if key != "sync"})
         wrapped = model
-        optimizer = make_optimizer(model)
+        optimizer = make_optimizer(model, case.probes)
     else:
         engine, wrapped = _deepspeed(model, case, world_size)
     poison = Poison(case, rank, model, engine)
     options: dict[str, Any] = dict(case.options)
     if case.large_elements is not None:
         options.setdefault("kernels", "eager")  # which alone tell large layers from small ones
-    if case.reference_file is not None:
+    if case.probes:
+        pass  # no reference
+    elif case.reference_file is not None:
         options.update(reference=case.reference_file, not_projected=["^head"])
     else:
         options.update(reference=theta0)
@@ -277,7 +286,7 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
             del config[key]
         else:
             config[key] = value
-    optimizer: torch.optim.Optimizer = make_optimizer(model)
+    optimizer: torch.optim.Optimizer = make_optimizer(model, case.probes)
     if case.cpu_adam:
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(optimizer.param_groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

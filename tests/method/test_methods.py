@@ -258,7 +258,8 @@ def test_l2sp_pulls_towards_the_reference() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_registry(name: str) -> None:
-    options = {"weight": 0.1} if name in ("l2sp", "spd") else {}
+    needed = {"weight": {"weight": 0.1}, "head": {"head": ["head"]}, "both": {"head": ["head"], "probe_steps": 3}}
+    options = needed.get({"l2sp": "weight", "spd": "weight", "linear_probe": "head", "lp_ft": "both"}.get(name, ""), {})
     method = build_method(name, **options)
     assert method.name == name and type(method) is METHODS[name]
 
@@ -266,7 +267,7 @@ def test_registry(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digrab", {}, "expected one of none, digrap, digrap_update, l2sp, pcgrad, spd, found 'digrab'"),
+        ("digrab", {}, "expected one of none, digrap, .*, ftp, .*found 'digrab'"),
         ("digrap", {"strength": 1}, "method digrap:.*'strength'"),
         ("digrap", {"strength_lr": 0.0}, "strength_lr must be positive, found 0.0"),
         ("digrap", {"normalization": "l2"}, "normalization must be one of .*'l2'"),
@@ -275,6 +276,7 @@ def test_registry(name: str) -> None:
         ("l2sp", {}, "method l2sp:.*'weight'"),
         ("l2sp", {"weight": -0.1}, "weight must not be negative, found -0.1"),
         ("spd", {"weight": float("nan")}, "weight must not be negative, found nan"),
+        ("ftp", {"annealing": 2.0}, "annealing must be from 0 to 1, found 2.0"),
         ("pcgrad", {"weight": 1.0}, "method pcgrad:"),
         ("none", {"weight": 1.0}, "method none:"),
     ],

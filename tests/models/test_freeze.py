@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from digrap_scale.config.schema import ModelConfig, OptimizerConfig
+from digrap_scale.config.schema import LinearProbeMethod, LPFTMethod, ModelConfig, NoMethod, OptimizerConfig
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.build import build_model
-from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm
+from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm, freeze_body, head_parameters
 from digrap_scale.models.groups import build_groups
 from tests.models import tiny
 
@@ -174,3 +174,27 @@ def test_groups_without_parameters_are_errors(patterns: list[str], message: str)
     with pytest.raises(ConfigError) as error:
         build_groups(model, optimizer(groups=[{"pattern": p} for p in patterns]))
     assert message in str(error.value)
+
+
+def test_a_linear_probe_trains_the_head_alone() -> None:
+    model = toy()
+    head = head_parameters(model, LinearProbeMethod(head=["^head"]), ())
+    assert head == {"head.weight", "head.bias"}
+    assert freeze_body(model, LinearProbeMethod(), head) == ["method.head: 2 tensors: head.bias, head.weight"]
+    assert training(model) == head
+
+
+def test_the_head_is_what_starts_new_and_lp_ft_freezes_nothing() -> None:
+    model, method = toy(), LPFTMethod(probe_steps=2)
+    assert head_parameters(model, method, {"head.bias"}) == {"head.bias"} and freeze_body(model, method, {"head.bias"})
+    assert len(training(model)) == 6 and head_parameters(model, NoMethod(), {"head.bias"}) == set()
+    groups = build_groups(model, OptimizerConfig(learning_rate=0.1), {"head.bias"})
+    assert [(group["name"], len(group["params"])) for group in groups] == [("default", 5), ("default (head)", 1)]
+
+
+@pytest.mark.parametrize(
+    ("head", "message"), [([], "nothing starts new"), (["haed"], "'haed' matches nothing that trains; nearest: head")]
+)
+def test_a_head_that_is_not_there(head: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.head: .*{message}"):
+        head_parameters(toy(), LinearProbeMethod(head=head), ())

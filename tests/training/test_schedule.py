@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from digrap_scale.config.schema import ScheduleConfig
+from digrap_scale.config.schema import LPFTMethod, ScheduleConfig
 from digrap_scale.errors import ConfigError
 from digrap_scale.training.schedule import LearningRate, learning_rate_factor
 
@@ -86,3 +86,26 @@ def test_resume_keeps_the_peak(built_before_loading):
 def test_warm_up_longer_than_the_run():
     with pytest.raises(ConfigError, match="warmup_steps is 10, but the run has 10 steps"):
         LearningRate(optimizer(), ScheduleConfig(warmup_steps=10), 10)
+
+
+def test_each_phase_of_lp_ft_goes_through_the_schedule():
+    method = LPFTMethod(head=["head"], probe_steps=4, probe_learning_rate=1.0)
+    inner = optimizer()
+    rate = LearningRate(inner, ScheduleConfig(name="linear", warmup_steps=1), 10, method)
+    peak = 0.1
+    assert [rate.set(step) for step in range(4)] == pytest.approx([0, 1, 0.5, 0])
+    assert {group["lr"] for group in inner.param_groups} == {0.0}
+    assert [rate.set(step) for step in range(4, 10)] == pytest.approx(
+        [0, peak, 0.75 * peak, 0.5 * peak, 0.25 * peak, 0]
+    )
+    own = LearningRate(
+        optimizer(), ScheduleConfig(name="constant"), 10, method.model_copy(update={"probe_learning_rate": None})
+    )
+    assert own.set(0) == own.set(9) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("probe_steps", [2, 8])
+def test_warm_up_longer_than_a_phase(probe_steps):
+    method = LPFTMethod(head=["head"], probe_steps=probe_steps)
+    with pytest.raises(ConfigError, match="warmup_steps is 2, but a phase of lp_ft has 2 steps"):
+        LearningRate(optimizer(), ScheduleConfig(warmup_steps=2), 10, method)

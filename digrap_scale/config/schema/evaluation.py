@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from .base import Section, Text
+from .base import Fraction, Section, Text
 
 
 class SuiteEntry(Section):
@@ -61,4 +61,11 @@ class EvaluationConfig(Section):
         ),
     )
     batch_samples: PositiveInt = Field(default=64, description="Samples per forward on one rank.")
+    interpolate_alphas: list[Fraction] = Field(
+        default=[],
+        description=(
+            "WiSE-FT: after training, evaluate (1 − α)·θ₀ + α·θ for each of these α, too (0: pre-trained, 1: the run's); "
+            "θ₀ are the weights of `model.path`, or those of the file that `reference.source` names."
+        ),
+    )
     at_end: bool = Field(default=True, description="Evaluate after training.")

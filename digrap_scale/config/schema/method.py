@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PositiveInt
 
-from .base import NonNegativeFloat, PositiveFloat, Regex, Section, Text, check_renames
+from digrap_scale.config.method_checks import BLOCK_PATTERN
+
+from .base import Fraction, NonNegativeFloat, PositiveFloat, Regex, Section, Text, check_renames
 
 
 class NoMethod(Section):
@@ -24,6 +26,21 @@ class DiGraPMethod(Section):
         default="layers", description="How the hyper-gradient is normalised."
     )
     hypergradient: Literal["all", "conflicts"] = Field(default="all", description="Layers whose hyper-gradient counts.")
+    grouping: Literal["tensor", "module", "block"] = Field(
+        default="tensor",
+        description=(
+            "What shares an ω and is projected as one vector: each tensor (the paper's layer), the tensors of a `module`, or "
+            "of a `block`."
+        ),
+    )
+    block_pattern: Regex = Field(
+        default=BLOCK_PATTERN,
+        description=(
+            "`grouping: block`: parameters whose names have the same match are a block, others are by themselves; by default "
+            "a name up to its first number (`model.layers.3`)."
+        ),
+    )
+    fixed_strength: Fraction | None = Field(default=None, description="ω for all time; empty: it is learned.")
 
 
 class DiGraPUpdateMethod(Section):
@@ -31,6 +48,7 @@ class DiGraPUpdateMethod(Section):
 
     name: Literal["digrap_update"] = "digrap_update"
     strength_lr: PositiveFloat = Field(default=1e-2, description="μ, the learning rate of the strength ω.")
+    fixed_strength: Fraction | None = Field(default=None, description="ω for all time; empty: it is learned.")
 
 
 class L2SPMethod(Section):
@@ -53,8 +71,52 @@ class SPDMethod(Section):
     weight: NonNegativeFloat = Field(description="λ.")
 
 
+class FTPMethod(Section):
+    """FTP: each row of a weight matrix stays within a learned L1 distance of its pre-trained values (a tensor of one
+    dimension is one row); the first step puts weights back to the reference."""
+
+    name: Literal["ftp"] = "ftp"
+    annealing: Fraction = Field(
+        default=1.0, description="κ, factor of the hyper-gradients that would shrink the distance; 0: it only grows."
+    )
+
+
+class LinearProbeMethod(Section):
+    """Linear probing: only the head trains."""
+
+    name: Literal["linear_probe"] = "linear_probe"
+    head: list[Regex] = Field(
+        default=[],
+        description="Regexes of the head's parameter names; empty: those that start new (`model.new_head`).",
+    )
+
+
+class LPFTMethod(Section):
+    """LP-FT: linear probing, then fine-tuning from there with an optimizer that starts anew; each phase goes through the
+    schedule by itself. Gradients of the body are computed in both: a linear_probe run before a second run is cheaper."""
+
+    name: Literal["lp_ft"] = "lp_ft"
+    head: list[Regex] = Field(
+        default=[],
+        description="Regexes of the head's parameter names; empty: those that start new (`model.new_head`).",
+    )
+    probe_steps: PositiveInt = Field(description="Optimizer steps of the first phase, of the run's.")
+    probe_learning_rate: PositiveFloat | None = Field(
+        default=None, description="Peak learning rate of the first phase; empty: the optimizer's."
+    )
+
+
 MethodConfig = Annotated[
-    NoMethod | DiGraPMethod | DiGraPUpdateMethod | L2SPMethod | PCGradMethod | SPDMethod, Field(discriminator="name")
+    NoMethod
+    | DiGraPMethod
+    | DiGraPUpdateMethod
+    | L2SPMethod
+    | PCGradMethod
+    | SPDMethod
+    | FTPMethod
+    | LinearProbeMethod
+    | LPFTMethod,
+    Field(discriminator="name"),
 ]
 
 
