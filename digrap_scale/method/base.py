@@ -13,7 +13,7 @@ import torch
 from digrap_scale.method import statistics as S
 from digrap_scale.method.kernels import Kernels, device_rows, displacement
 from digrap_scale.method.native import KINDS, NativeKernels
-from digrap_scale.types import ShardView
+from digrap_scale.types import ShardSpec, ShardView
 
 
 class Method:
@@ -94,6 +94,35 @@ class Method:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of ``state``."""
+
+
+class RowMethod(Method):
+    """A method that looks at whole rows of the new weights, which shards may cut. After the optimizer's step, for the layers
+    under way: ``begin_rows``, ``measure_rows`` of every part, one exchange of ``edges``, ``join_rows``, ``apply_rows_`` to
+    every part. Shapes: L layers under way, R ranks, K statistics.
+    """
+
+    acts_on_update = True
+
+    def begin_rows(self, specs: Sequence[ShardSpec], layers: Sequence[int], device: torch.device) -> None:
+        """The step under way changes ``layers``, of which this rank holds ``specs``."""
+        raise NotImplementedError
+
+    def measure_rows(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Add the parts ``views`` of the new weights to the row norms of the layers that they are of."""
+        raise NotImplementedError
+
+    def edges(self) -> torch.Tensor:
+        """This rank's share of the cut rows, and its largest norms: [L, K] float64, for all ranks to see."""
+        raise NotImplementedError
+
+    def join_rows(self, edges_RLK: torch.Tensor) -> torch.Tensor:
+        """Take all ranks' ``edges`` (CPU); the largest row norm of each layer under way, [L] float64."""
+        raise NotImplementedError
+
+    def apply_rows_(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
+        """Change the parts ``views`` in place."""
+        raise NotImplementedError
 
 
 def add_displacement_(

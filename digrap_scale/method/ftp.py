@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from digrap_scale.method import statistics as S
-from digrap_scale.method.base import Method
+from digrap_scale.method.base import RowMethod
 from digrap_scale.method.kernels import displacement
 from digrap_scale.method.rows import RowSums
 from digrap_scale.types import ShardSpec, ShardView
@@ -19,7 +19,7 @@ GAMMA_LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.999, 1e-8
 SMALLEST = 1e-8  # γ starts here, and never goes below
 
 
-class FTP(Method):
+class FTP(RowMethod):
     """After the base update, with c = θ_new − θ₀ and n = ‖c‖ + 1e-8, the L1 norm of each row ("MARS" norm):
     θ ← θ₀ + min(γ/n, 1) · c.
 
@@ -41,7 +41,6 @@ class FTP(Method):
     uses_reference = True
     needs_previous = True
     keeps_directions = True
-    acts_on_update = True
     returns_to_reference = True
 
     def __init__(self, annealing: float = 1.0) -> None:
@@ -77,16 +76,12 @@ class FTP(Method):
         second_L = self.second_moment_L / (1 - BETA2**self.steps)
         self.gamma_L = self.gamma_L - GAMMA_LR * first_L / (second_L.sqrt() + EPS)
 
-    # The walk after the optimizer's step: begin, measure every part, exchange edges, join, apply to every part.
-
     def begin_rows(self, specs: Sequence[ShardSpec], layers: Sequence[int], device: torch.device) -> None:
-        """The step under way changes ``layers``, of which this rank holds ``specs``."""
         self._row = {layer: number for number, layer in enumerate(layers)}
         self._layers = list(layers)
         self._norms = RowSums(specs, device)
 
     def measure_rows(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
-        """Add the parts ``views`` of the new weights to the row norms of the layers that they are of."""
         for layer, view in zip(layers, views, strict=True):
             for part, rows in self._segments(layer, view):
                 c = displacement(view.weight[part], _of(view.reference, part, view.weight.device))
@@ -94,11 +89,9 @@ class FTP(Method):
                 self._norms.sums[rows] += norms.double()
 
     def edges(self) -> torch.Tensor:
-        """This rank's share of the cut rows, and its largest norms: [L, 5] float64, for all ranks to see."""
         return self._norms.edges()
 
     def join_rows(self, edges_RLK: torch.Tensor) -> torch.Tensor:
-        """Take all ranks' ``edges`` (CPU); the largest row norm of each layer under way, [L] float64."""
         largest_L = self._norms.join(edges_RLK)
         self.gamma_L[self._layers] = torch.minimum(self.gamma_L[self._layers].clamp(min=SMALLEST), largest_L + EPS)
         self._ratios = (self._spread_gamma() / (self._norms.sums + EPS)).clamp(max=1).float()
@@ -106,7 +99,7 @@ class FTP(Method):
         return largest_L
 
     def apply_rows_(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
-        """Project the parts ``views`` in place, and keep c/n in ``view.previous``."""
+        """Project in place, and keep c/n in ``view.previous``."""
         for layer, view in zip(layers, views, strict=True):
             for part, rows in self._segments(layer, view):
                 weight, reference = view.weight[part], _of(view.reference, part, view.weight.device)

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from digrap_scale.errors import CheckpointError
 from digrap_scale.method import statistics as S
 from digrap_scale.method.adam import adam_
-from digrap_scale.method.base import Method
-from digrap_scale.method.ftp import FTP
+from digrap_scale.method.base import Method, RowMethod
 from digrap_scale.projector.early import EarlyStatistics
 from digrap_scale.projector.report import StepReport
 from digrap_scale.reference.placement import Piece, ReferenceShards
@@ -162,7 +161,7 @@ class Projector:
             views = self._views(self._stepping)
             if self._previous is not None:
                 self._previous.fill(list(views.values()), self._stepping)
-            if isinstance(method, FTP):
+            if isinstance(method, RowMethod):
                 self._project_rows(method, views)
             else:
                 self._change_update(views)
@@ -187,7 +186,7 @@ class Projector:
             of_pieces = [row[piece.layer] for piece in pieces]
             self.method.apply_update_(parts, [piece.layer for piece in pieces], stats_LK[of_pieces])
 
-    def _project_rows(self, method: FTP, views: dict[int, ShardView]) -> None:
+    def _project_rows(self, method: RowMethod, views: dict[int, ShardView]) -> None:
         """Project the rows of the new weights; of the rows that shards cut, ranks tell each other their shares."""
         layers = list(views)
         specs = [self.backend.specs[layer] for layer in layers]
