@@ -92,7 +92,7 @@ def place(config: Config) -> Iterator[Place]:
 
     Raises:
         ConfigError: several processes for ``sharding.backend: single``.
-        PeerError: a collective failed because another process is gone or hangs.
+        PeerError: the processes did not meet, or a collective failed because another one is gone or hangs.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), launched_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -109,10 +109,11 @@ def place(config: Config) -> Iterator[Place]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     device = _device(local_rank)
     timeout = timedelta(seconds=collective_timeout_s(config))
-    if backend.startswith("zero"):
-        _init_deepspeed(backend, device, timeout)
-    else:
-        dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
+    with peer_errors(_could_not_meet):
+        if backend.startswith("zero"):
+            _init_deepspeed(backend, device, timeout)
+        else:
+            dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
     try:
         with peer_errors():
             yield Place(rank, world_size, device)
@@ -131,18 +132,28 @@ def peer_errors(diagnosis: Callable[[], str] = lambda: "another process failed o
     """Turn the RuntimeErrors of a collective that another process left into PeerError; ``diagnosis`` says which."""
     try:
         yield
-    except RuntimeError as error:  # gloo raises plain ones; NCCL DistBackendError, a subclass
-        if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
+    except RuntimeError as error:  # gloo raises plain ones; NCCL and the store DistError, a subclass
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in _PEER_WORDS):
             raise PeerError(f"{diagnosis()} ({brief(error)})") from error
         raise
 
 
+def _could_not_meet() -> str:
+    line = f"not all of {os.environ['WORLD_SIZE']} processes met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not os.environ.get(_OWN_STORE):
+        # torchrun keeps one store for all its restarts, with the addresses of processes that are gone.
+        line += f"; torchrun restarted them: set {_OWN_STORE}=1 beside --max-restarts"
+    return line
+
+
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _PEER_WORDS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "Timed out waiting",
     "Broken pipe",
+    "timed out connecting",
 )
 
 
