@@ -79,6 +79,19 @@ def list_folder(folder: Path) -> tuple[list[Item], list[str]]:
     return items, problems
 
 
+def class_names(items: Sequence[Item]) -> list[str]:
+    """The labels of all items, each once, sorted: what ``data.classes`` is to list.
+
+    Raises:
+        ConfigError: an item has no label that is a text.
+    """
+    labels = [item.meta.get("label") for item in items]
+    for item, label in zip(items, labels, strict=True):
+        if not isinstance(label, str):
+            raise ConfigError(f"--classes-out: sample {item.key} has no `label` that is a text, found {label!r}; leave it out")
+    return sorted({str(label) for label in labels})
+
+
 def list_llava(file: Path, images: Path) -> tuple[list[Item], list[str]]:
     """LLaVA's records ({id, image, conversations}; a JSON list or a JSON a line): a sample for each question and answer.
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(TOOLS))
 from make_shards import main  # noqa: E402
 
 from digrap_scale.data import make  # noqa: E402
+from digrap_scale.data.classes import load_classes  # noqa: E402
 from digrap_scale.data.manifest import check_manifest  # noqa: E402
 from digrap_scale.data.reading import samples_of  # noqa: E402
 from digrap_scale.data.shards import ShardSet  # noqa: E402
@@ -162,3 +163,13 @@ def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("hf", tmp_path / "hf", tmp_path / "out", "--image-column", "text") == 2
     assert "expected a column of images, found 'text'" in capsys.readouterr().err
     assert run("hf", tmp_path, tmp_path / "out") == 2
+
+
+def test_classes_are_written(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = tmp_path / "classes.json"
+    assert run("folder", photos, tmp_path / "out", "--classes-out", str(classes)) == 0
+    assert load_classes(classes).names == ("cat", "dog")
+    for path in (photos / "cat").glob("*"):
+        path.rename(photos / path.name)  # one with a caption and no label is left
+    assert run("folder", photos, tmp_path / "no", "--skip-bad", "--classes-out", str(tmp_path / "no.json")) == 2
+    assert "has no `label`" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
