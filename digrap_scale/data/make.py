@@ -88,7 +88,9 @@ def class_names(items: Sequence[Item]) -> list[str]:
     labels = [item.meta.get("label") for item in items]
     for item, label in zip(items, labels, strict=True):
         if not isinstance(label, str):
-            raise ConfigError(f"--classes-out: sample {item.key} has no `label` that is a text, found {label!r}; leave it out")
+            raise ConfigError(
+                f"--classes-out: sample {item.key} has no `label` that is a text, found {label!r}; leave it out"
+            )
     return sorted({str(label) for label in labels})
 
 
