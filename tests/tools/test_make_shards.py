@@ -135,6 +135,26 @@ def test_llava(tmp_path: Path, lines: bool, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.count("left out: ") == 3 and len(read(tmp_path / "out")) == 4
 
 
+def test_chats_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA-Factory's `messages` with `images`, and axolotl's contents in parts."""
+    (tmp_path / "1.jpg").write_bytes(encoded(extension="jpg"))
+    user, assistant = {"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}
+    parts = [{"type": "image", "path": "1.jpg"}, {"type": "text", "text": "What?"}]
+    in_parts = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    records: list[dict[str, Any]] = [{"images": ["1.jpg"], "messages": [user, assistant]}, {"messages": in_parts}]
+    file = tmp_path / "chats.json"
+    file.write_text(json.dumps(records))
+    assert run("llava", file, tmp_path / "out") == 0
+    for number, sample in enumerate(read(tmp_path / "out")):
+        assert sample["meta"] == {"id": str(number), "question": "What?", "answers": ["A cat."]}
+        assert len(sample["images"]) == 1
+    file.write_text(json.dumps([{"messages": [{"role": "system", "content": "Be brief."}, user, assistant]}]))
+    assert run("llava", file, tmp_path / "no") == 2 and "turn 0: expected human, then gpt" in capsys.readouterr().err
+
+
 def test_keys_that_collide_are_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "cat" / "v1_0.png").write_bytes(encoded())
     assert run("folder", photos, tmp_path / "out") == 2
