@@ -18,8 +18,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return markdown
     if markdown.count(marker) != 1:
         raise ValueError(f"docs/{page.file.src_uri}: expected one line {marker!r}, found {markdown.count(marker)}")
-    text = reference_markdown().replace("\n###", "\n##") if page.file.src_uri == "config.md" else verbs_markdown()
-    return markdown.replace(marker, text.removeprefix("#"))
+    # The README has sections one level further down.
+    text = reference_markdown().replace("\n###", "\n##").removeprefix("#")
+    return markdown.replace(marker, text if page.file.src_uri == "config.md" else verbs_markdown())
 
 
 def verbs_markdown() -> str:
