@@ -231,6 +231,7 @@ def test_the_quick_start_from_its_first_line_to_its_last(tmp_path: Path) -> None
                 ["python", block.run], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
             )
             assert done.returncode == 0, f"{block.run}\n{done.stderr}"
+    assert "LABEL_" not in done.stdout and "→" in done.stdout  # the last block names a class
     assert (tmp_path / "runs/first/results.md").is_file() and (tmp_path / "runs/sharded/final").is_dir()
 
 
