@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?=
 CHAOS ?= --kills 50
+DOCS ?= build --strict
 
-.PHONY: demo test test-all chaos lint types clean
+.PHONY: demo test test-all chaos lint types docs wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,12 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+docs: $(VENV)/installed  ## the site, into build/site; a warning is an error (DOCS=serve shows it while you write)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(DOCS)
+
+wheel: $(VENV)/installed  ## build the wheel and try it in a fresh environment, away from this folder
+	.ci/wheel $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/demo

@@ -1,6 +1,6 @@
 """Make webdataset shards from an image folder, LLaVA's JSON, or a Hugging Face dataset on disk.
 
-    python tools/make_shards.py folder photos/ --out shards --prefix photos-train
+    python tools/make_shards.py folder photos/ --out shards --prefix photos-train --classes-out shards/classes.json
     python tools/make_shards.py llava llava_v1_5_mix665k.json --images data/ --out shards --prefix llava --processes 8
     python tools/make_shards.py hf data/beans/train --image-column image --out shards --prefix beans-train
 
@@ -10,13 +10,15 @@ A run that is killed goes on where it stopped. Published benchmarks (VQA v2, COC
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from digrap_scale.data.make import list_folder, list_hugging_face, list_llava, make_shards
+from digrap_scale.checkpoint.atomic import write_file
+from digrap_scale.data.make import class_names, list_folder, list_hugging_face, list_llava, make_shards
 from digrap_scale.data.order import permutation
 from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError
 
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-column", default="image", help="hf: the images' column (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--prefix", required=True, help="the shards are PREFIX-000000.tar …")
+    parser.add_argument("--classes-out", type=Path, metavar="FILE", help="also write data.classes: the labels, sorted")
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="at most (default: %(default)s)")
     parser.add_argument("--shard-mb", type=int, help="folder, llava: megabytes of a shard, at most")
     parser.add_argument("--processes", type=int, default=1, help="shards written at a time (default: %(default)s)")
@@ -59,6 +62,7 @@ def _make(options: argparse.Namespace) -> None:
         raise ConfigError([*problems[:50], f"{len(problems)} problems; --skip-bad leaves these out"])
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
+    names = None if options.classes_out is None else class_names(items)
     if not options.in_order:  # training shuffles among neighbours: sorted shards would give batches of one class
         items = [items[i] for i in permutation(f"make-shards/{options.prefix}", len(items))]
     manifest = make_shards(
@@ -70,6 +74,9 @@ def _make(options: argparse.Namespace) -> None:
         processes=options.processes,
     )
     print(f"{options.out}/{options.prefix}.manifest.json: {manifest.samples} samples in {len(manifest.shards)} shards")
+    if names is not None:
+        write_file(options.classes_out, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
+        print(f"{options.classes_out}: {len(names)} classes")
 
 
 if __name__ == "__main__":

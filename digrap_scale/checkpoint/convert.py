@@ -89,7 +89,7 @@ def convert(
         base = open_source(merge_into)
         opened = merge_adapter(base if companions is None else replace(base, companions=Path(companions)), opened)
     if opened.format == "safetensors" and to in _BY_MODULE:
-        opened = _module_names(opened)
+        opened = module_names(opened)
     opened = _cast(opened, torch.float32 if to == "zero" else None if dtype is None else DTYPES[dtype])
     with atomic_folder(out, overwrite=overwrite) as folder:
         with _bar(f"to {to}", opened.nbytes, show_progress) as advance:
@@ -125,7 +125,7 @@ def _check(to: str, world_size: int | None, dtype: str | None, max_shard_bytes: 
         raise ConfigError(problems)
 
 
-def _module_names(source: Source) -> Source:
+def module_names(source: Source) -> Source:
     """A file's tensors under the names that they have in the model, its tied weights known."""
     names, tied = names_by_config(source.companions or source.path, source.tensors)
     renamed = source.renamed({file_name: name for name, file_name in names.items()})

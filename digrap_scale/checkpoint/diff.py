@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from digrap_scale.checkpoint.atomic import write_file
+from digrap_scale.checkpoint.convert import module_names
 from digrap_scale.checkpoint.formats import open_source
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.errors import CheckpointError
@@ -84,7 +85,7 @@ def diff(
 
     Args:
         a: a checkpoint of any known format, such as the pre-trained weights.
-        b: another one with the same tensors.
+        b: another one with the same tensors; names are compared as in the files, else as in the model of ``config.json``.
         by_layer: sum over a layer's tensors: a name up to its first number ("model.layers.3"), or up to its last dot.
         advance: called with the number of elements that were compared.
 
@@ -92,6 +93,9 @@ def diff(
         CheckpointError: a checkpoint cannot be read, or names or shapes differ.
     """
     first, second = open_source(a), open_source(b)
+    if first.tensors.keys() != second.tensors.keys():
+        # Transformers' files and a training checkpoint may name one model's tensors differently.
+        first, second = module_names(first), module_names(second)
     _check_same(first, second)
     found: dict[str, Drift] = {}
     for name, tensor in first.tensors.items():

@@ -79,10 +79,27 @@ def list_folder(folder: Path) -> tuple[list[Item], list[str]]:
     return items, problems
 
 
+def class_names(items: Sequence[Item]) -> list[str]:
+    """The labels of all items, each once, sorted: what ``data.classes`` is to list.
+
+    Raises:
+        ConfigError: an item has no label that is a text.
+    """
+    labels = [item.meta.get("label") for item in items]
+    for item, label in zip(items, labels, strict=True):
+        if not isinstance(label, str):
+            raise ConfigError(
+                f"--classes-out: sample {item.key} has no `label` that is a text, found {label!r}; leave it out"
+            )
+    return sorted({str(label) for label in labels})
+
+
 def list_llava(file: Path, images: Path) -> tuple[list[Item], list[str]]:
     """LLaVA's records ({id, image, conversations}; a JSON list or a JSON a line): a sample for each question and answer.
 
     A sample has ``question`` (without ``<image>``), ``answers`` (one) and ``id``; earlier turns are not repeated in it.
+    Chats as other tools keep them are read, too: ``images`` and ``messages``, ``role`` (user, assistant) and ``content``,
+    a text or a list of ``{"type": "text", "text": …}`` and ``{"type": "image", "path": …}``.
     Source: Liu et al. 2023, arXiv 2304.08485, and its repository's data format.
 
     Args:
@@ -93,19 +110,21 @@ def list_llava(file: Path, images: Path) -> tuple[list[Item], list[str]]:
     for number, record in enumerate(_records(file)):
         where = f"{file}: record {number}"
         try:
-            paths = record.get("image") or []
+            turns = [_turn(turn) for turn in record["conversations" if "conversations" in record else "messages"]]
+            paths = record.get("image") or record.get("images") or [path for _, _, shown in turns for path in shown]
             paths = [images / path for path in ([paths] if isinstance(paths, str) else paths)]
             wrong = [p for p in paths if p.suffix[1:].lower() not in IMAGE_EXTENSIONS or not p.is_file()]
             if wrong:
                 raise ValueError(f"image {wrong[0]} is missing, or none of {', '.join(IMAGE_EXTENSIONS)}")
-            turns = record["conversations"]
             name = str(record.get("id", number))
             size = sum(path.stat().st_size for path in paths)
             for turn in range(0, len(turns), 2):
-                question, answer = turns[turn], turns[turn + 1]
-                if (question["from"], answer["from"]) != ("human", "gpt"):
-                    raise ValueError(f"turn {turn}: expected human, then gpt")
-                meta = {"id": name, "question": _text(question["value"]), "answers": [answer["value"].strip()]}
+                (asks, question, _), (answers, answer, _) = turns[turn], turns[turn + 1]
+                if asks not in ("human", "user") or answers not in ("gpt", "assistant"):
+                    raise ValueError(
+                        f"turn {turn}: expected human, then gpt (or user, then assistant), found {asks}, {answers}"
+                    )
+                meta = {"id": name, "question": _text(question), "answers": [answer.strip()]}
                 key = _as_key(name if len(turns) == 2 else f"{name}-{turn // 2}")
                 items.append(Item(key, meta, partial(read_images, paths), size))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -286,6 +305,16 @@ def _records(file: Path) -> list[Any]:
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: expected a JSON list, or a JSON object a line ({error})") from error
+
+
+def _turn(turn: dict[str, Any]) -> tuple[str, str, list[str]]:
+    """Who speaks, the text, and paths of images that stand in it."""
+    speaker, content = turn["from" if "from" in turn else "role"], turn["value" if "value" in turn else "content"]
+    if isinstance(content, str):
+        return speaker, content, []
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    paths = [part["path"] for part in content if part["type"] == "image" and "path" in part]
+    return speaker, "\n".join(texts), paths
 
 
 def _text(value: str) -> str:

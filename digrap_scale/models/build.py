@@ -312,6 +312,14 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         return [f"model.path: {settings.path}: no model can be built from its config.json: {_one_line(error)}"]
     problems = []
+    if config.evaluation.interpolate_alphas and settings.task == "classification" and num_classes is not None:
+        stored = _read_config(folder, settings, None).num_labels
+        if stored != num_classes:
+            problems.append(
+                f"evaluation.interpolate_alphas: the head starts new ({stored} classes in {settings.path}, {num_classes} in "
+                "data.classes), so there is nothing to interpolate it with; set model.path to the `final` folder of a "
+                "linear_probe run, or remove interpolate_alphas"
+            )
     if folder == Path(settings.path) and not any(folder.glob("*.safetensors")):
         problems.append(f"model.path: {settings.path} has no safetensors weights")
     low_precision = sorted({settings.dtype, config.sharding.mixed_precision} - {"float32", "none"})

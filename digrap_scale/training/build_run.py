@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,6 +50,11 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     model_class = type(built.model)
     base = getattr(built.model, "get_base_model", lambda: built.model)
     base_class = type(base())
+    if classes is not None and config.model.task == "classification":
+        # For whoever opens final/ in transformers: names in place of LABEL_0, or of the pre-training's classes.
+        settings: Any = base().config
+        settings.id2label = dict(enumerate(classes.names))
+        settings.label2id = {name: index for index, name in enumerate(classes.names)}
     engine = build_engine(
         built.model,
         lambda model: make_optimizer(model, config, built.head),

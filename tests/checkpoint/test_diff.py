@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import ViTForImageClassification
 
 from digrap_scale.checkpoint import diff as module
 from digrap_scale.checkpoint.diff import diff, layer_of, total
 from digrap_scale.cli import main
 from digrap_scale.errors import CheckpointError
+from tests.models.tiny import save_vit
 
 
 def states() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -51,6 +55,19 @@ def test_equals_whole_tensors(folders: tuple[Path, Path], monkeypatch: pytest.Mo
             assert found[name].cosine == pytest.approx(float(torch.cosine_similarity(x.flatten(), y.flatten(), dim=0)))
     assert found["same"].norm == 0 and found["same"].cosine == 1
     assert found["zero"].relative == math.inf and math.isnan(found["zero"].cosine)
+
+
+def test_files_of_transformers_and_of_a_model(tmp_path: Path) -> None:
+    """`save_pretrained` and `state_dict` name a ViT's layers differently."""
+    model = ViTForImageClassification.from_pretrained(save_vit(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "config.json", tmp_path / "b")
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "b" / "model.safetensors")
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) != set(state)
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert set(found) == set(state) and all(drift.largest == pytest.approx(1, abs=1e-6) for drift in found.values())
 
 
 def test_layers_are_sums(folders: tuple[Path, Path]) -> None:

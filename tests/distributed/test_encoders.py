@@ -89,6 +89,8 @@ def test_equals_one_process_and_opens_in_plain_transformers(case: tuple[str, lis
         assert got["result"]["sets"]["same"]["accuracy"] == expected["result"]["sets"]["same"]["accuracy"], kind
         auto: Any = AutoModel if kind in CONTRASTIVE else AutoModelForImageClassification
         model = auto.from_pretrained(folder / backend / kind / "final").eval()
+        if kind not in CONTRASTIVE:
+            assert list(model.config.id2label.values()) == list(CLASSES)  # names, for whoever opens it
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, got["weights"][name]), f"{kind} {name}"
         for rank in results:

@@ -69,6 +69,16 @@ def test_a_head_of_another_size_needs_new_head(tmp_path: Path) -> None:
     assert build_model(config, 3).new_parameters == set()
 
 
+def test_a_new_head_has_nothing_to_be_interpolated_with(tmp_path: Path) -> None:
+    tiny.save_vit(tmp_path, classes=3)
+    config = tiny.make_config(tmp_path, "classification", new_head=True)
+    evaluation = config.evaluation.model_copy(update={"interpolate_alphas": [0.5]})
+    config = config.model_copy(update={"evaluation": evaluation})
+    assert check_model(config, 3) == []
+    (problem,) = check_model(config, 5)
+    assert "interpolate_alphas: the head starts new (3 classes" in problem
+
+
 def test_a_classifier_on_a_model_without_a_head(tmp_path: Path) -> None:
     tiny.save_clip(tmp_path)
     with pytest.raises(CheckpointError, match=r"classifier.bias \(missing\), classifier.weight.*new_head"):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(TOOLS))
 from make_shards import main  # noqa: E402
 
 from digrap_scale.data import make  # noqa: E402
+from digrap_scale.data.classes import load_classes  # noqa: E402
 from digrap_scale.data.manifest import check_manifest  # noqa: E402
 from digrap_scale.data.reading import samples_of  # noqa: E402
 from digrap_scale.data.shards import ShardSet  # noqa: E402
@@ -134,6 +135,26 @@ def test_llava(tmp_path: Path, lines: bool, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.count("left out: ") == 3 and len(read(tmp_path / "out")) == 4
 
 
+def test_chats_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA-Factory's `messages` with `images`, and axolotl's contents in parts."""
+    (tmp_path / "1.jpg").write_bytes(encoded(extension="jpg"))
+    user, assistant = {"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}
+    parts = [{"type": "image", "path": "1.jpg"}, {"type": "text", "text": "What?"}]
+    in_parts = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    records: list[dict[str, Any]] = [{"images": ["1.jpg"], "messages": [user, assistant]}, {"messages": in_parts}]
+    file = tmp_path / "chats.json"
+    file.write_text(json.dumps(records))
+    assert run("llava", file, tmp_path / "out") == 0
+    for number, sample in enumerate(read(tmp_path / "out")):
+        assert sample["meta"] == {"id": str(number), "question": "What?", "answers": ["A cat."]}
+        assert len(sample["images"]) == 1
+    file.write_text(json.dumps([{"messages": [{"role": "system", "content": "Be brief."}, user, assistant]}]))
+    assert run("llava", file, tmp_path / "no") == 2 and "turn 0: expected human, then gpt" in capsys.readouterr().err
+
+
 def test_keys_that_collide_are_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "cat" / "v1_0.png").write_bytes(encoded())
     assert run("folder", photos, tmp_path / "out") == 2
@@ -162,3 +183,13 @@ def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("hf", tmp_path / "hf", tmp_path / "out", "--image-column", "text") == 2
     assert "expected a column of images, found 'text'" in capsys.readouterr().err
     assert run("hf", tmp_path, tmp_path / "out") == 2
+
+
+def test_classes_are_written(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = tmp_path / "classes.json"
+    assert run("folder", photos, tmp_path / "out", "--classes-out", str(classes)) == 0
+    assert load_classes(classes).names == ("cat", "dog")
+    for path in (photos / "cat").glob("*"):
+        path.rename(photos / path.name)  # one with a caption and no label is left
+    assert run("folder", photos, tmp_path / "no", "--skip-bad", "--classes-out", str(tmp_path / "no.json")) == 2
+    assert "has no `label`" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
