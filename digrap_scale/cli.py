@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = config_verb("evaluate", _evaluate, "print the suite's ID/OOD table")
     evaluate.add_argument("--weights", help="folder of the weights, such as a run's final/ (default: model.path)")
     config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    planned = config_verb(
+        "plan", _plan, "memory of each rank and communication of a step; loads no weights, needs no GPU"
+    )
+    planned.add_argument("--world-size", type=int, required=True, help="processes of the job")
+    planned.add_argument("--device-memory", metavar="BYTES", help="of each device, such as 80GiB: tells what fits")
     interpolate = verb("interpolate", _interpolate, "WiSE-FT: (1 − α)·A + α·B, streamed tensor by tensor")
     interpolate.add_argument("a", help="pre-trained weights (folder or safetensors)")
     interpolate.add_argument("b", help="fine-tuned model's folder")
@@ -130,6 +135,28 @@ def _validate(options: argparse.Namespace) -> None:
     for line in validate(config):
         print(line)
     print(f"{options.config}: no problems found")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from digrap_scale.planning.plan import alternatives, parse_bytes, plan
+    from digrap_scale.planning.show import show_alternatives, show_plan
+    from digrap_scale.training.batches import describe_data
+
+    device_memory = None if options.device_memory is None else parse_bytes(options.device_memory)
+    config, ranks, console = _load(options), options.world_size, Console()
+    show_plan(plan(config, ranks), config, ranks, device_memory, console)
+    show_alternatives(alternatives(config, ranks), device_memory, console)
+    if config.data.allow_commands:
+        print("data: not opened (data.allow_commands: shards would be fetched)")
+        return
+    try:
+        lines = describe_data(config, ranks)
+    except ConfigError as error:  # a plan may be older than its data; validate is where this is an error
+        lines = [f"data: not planned: {problem}" for problem in error.problems]
+    for line in lines:
+        print(line)
 
 
 def _interpolate(options: argparse.Namespace) -> None:
