@@ -142,6 +142,7 @@ def _variants(config: Config, world_size: int) -> Iterator[Config]:
                         sharding["zero"] = None
                     elif sharding["zero"] is not None:
                         sharding["zero"] = {"reduce_bucket_elements": sharding["zero"]["reduce_bucket_elements"]}
+                    sharding["deepspeed_config"] = None
                     values["checkpoint"]["deepspeed_native"] = False
                 sharding |= {"backend": backend, "offload": offload}
                 values["reference"]["placement"] = placement

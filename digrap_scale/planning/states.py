@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from digrap_scale.config import Config
-from digrap_scale.config.schema import ZeroConfig
 from digrap_scale.method.build import METHODS
 from digrap_scale.planning.shards import flat_parts, flat_size, pieces_of, rows_of
 from digrap_scale.planning.weights import ROOT_BLOCK, PlannedModel, Weight, compute_bytes, model_bytes, stepped_bytes
+from digrap_scale.sharding.deepspeed_json import zero_sizes
 
 # Rows of the table, in its order. "gathered": weights and gradients that are whole for a while (FSDP2, ZeRO-3).
 KINDS = ("weights", "gradients", "optimizer", "reference", "previous", "buffers", "gathered", "activations")
@@ -152,7 +152,7 @@ def _zero12(memory: Memory, model: PlannedModel, config: Config, ranks: int, rea
 def _zero_gradients(memory: Memory, model: PlannedModel, config: Config, part: int, real: dict[str, int]) -> None:
     compute, stage = compute_bytes(config), config.sharding.backend
     offloaded = config.sharding.offload == "cpu"
-    bucket = (config.sharding.zero or ZeroConfig()).reduce_bucket_elements
+    bucket = zero_sizes(config).reduce_bucket_elements
     memory.device["buffers"] += compute * bucket
     whole = sum(weight.numel for weight in model.trained)
     touched = sum(weight.numel for weight in model.trained if real[weight.name])
@@ -165,7 +165,7 @@ def _zero_gradients(memory: Memory, model: PlannedModel, config: Config, part: i
 
 def _zero3(memory: Memory, model: PlannedModel, config: Config, ranks: int) -> None:
     compute = compute_bytes(config)
-    sizes = config.sharding.zero or ZeroConfig()
+    sizes = zero_sizes(config)
     offloaded = config.sharding.offload == "cpu"
     masters = memory.host if offloaded else memory.device
     part = sum(pieces_of(weight, ranks, 0).padded for weight in model.trained)

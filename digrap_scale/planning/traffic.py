@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from digrap_scale.config import Config
-from digrap_scale.config.schema import ZeroConfig
 from digrap_scale.method.build import METHODS
 from digrap_scale.method.statistics import GRADIENT_STATISTICS, UPDATE_STATISTICS
 from digrap_scale.planning.shards import rows_of
 from digrap_scale.planning.states import blocks_of, groups_of
 from digrap_scale.planning.weights import PlannedModel, compute_bytes, model_bytes
+from digrap_scale.sharding.deepspeed_json import zero_sizes
 
 _DDP_BUCKET_BYTES = 25 << 20  # torch's default; the first is smaller
 _EDGE_BYTES = 40  # FTP: of each layer, what a rank tells of the rows at its shard's two ends
@@ -103,7 +103,7 @@ def _reduced_bytes(config: Config) -> int:
 
 
 def _buckets(model: PlannedModel, config: Config) -> int:
-    size = (config.sharding.zero or ZeroConfig()).reduce_bucket_elements
+    size = zero_sizes(config).reduce_bucket_elements
     return max(1, math.ceil(sum(weight.numel for weight in model.trained) / size))
 
 
@@ -119,7 +119,7 @@ def _zero12(model: PlannedModel, config: Config, ranks: int, accumulation_steps:
 
 
 def _zero3(model: PlannedModel, config: Config, ranks: int, accumulation_steps: int) -> Iterator[Traffic]:
-    sizes, compute = config.sharding.zero or ZeroConfig(), compute_bytes(config)
+    sizes, compute = zero_sizes(config), compute_bytes(config)
     small = sizes.persistence_threshold_elements
     large = [weight for weight in model.weights if weight.numel > small]
     trained = sum(weight.numel for weight in model.trained)
