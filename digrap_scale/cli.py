@@ -55,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of the file's values")
         return added
 
-    config_verb("train", _train, "train, save and evaluate a run")
+    train = config_verb("train", _train, "train, save and evaluate a run")
+    train.add_argument("--dry-run", type=int, metavar="N", help="take N steps, tell time and memory, and write nothing")
+    train.add_argument(
+        "--world-size",
+        type=int,
+        help="of a dry run in one process: imagine a job of so many (default: 1, or the launcher's)",
+    )
     evaluate = config_verb("evaluate", _evaluate, "print the suite's ID/OOD table")
     evaluate.add_argument("--weights", help="folder of the weights, such as a run's final/ (default: model.path)")
     config_verb("validate", _validate, "show every config and data error at once; trains nothing")
@@ -117,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.dry_run is not None:
+        from digrap_scale.training.dry_run import dry_run
+
+        dry_run(_load(options), options.dry_run, options.world_size, print)
+        return
+    if options.world_size is not None:
+        raise ConfigError("--world-size: it is for --dry-run; a run has as many processes as its launcher starts")
     from digrap_scale.training.run import train
 
     train(_load(options))
