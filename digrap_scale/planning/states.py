@@ -149,34 +149,41 @@ def _zero12(memory: Memory, model: PlannedModel, config: Config, ranks: int, rea
     _zero_gradients(memory, model, config, part, real)
 
 
+def reduced_bytes(config: Config) -> int:
+    """Bytes an element of the gradients that ZeRO sums over ranks: half precision's are summed in float32."""
+    return compute_bytes(config) if config.sharding.mixed_precision == "none" else 4
+
+
 def _zero_gradients(memory: Memory, model: PlannedModel, config: Config, part: int, real: dict[str, int]) -> None:
-    compute, stage = compute_bytes(config), config.sharding.backend
-    offloaded = config.sharding.offload == "cpu"
-    bucket = zero_sizes(config).reduce_bucket_elements
-    memory.device["buffers"] += compute * bucket
+    compute = compute_bytes(config)
+    memory.device["buffers"] += compute * zero_sizes(config).reduce_bucket_elements
     whole = sum(weight.numel for weight in model.trained)
-    touched = sum(weight.numel for weight in model.trained if real[weight.name])
-    memory.device["gradients"] += compute * (whole if stage == "zero1" else touched)
-    if offloaded:
+    if config.sharding.offload == "cpu":
+        # Each goes to host memory as it comes, by buffers of the largest one's size on both sides.
+        largest = max(weight.numel for weight in model.trained)
+        memory.device["buffers"] += compute * largest
+        memory.device["gradients"] += compute * largest
+        memory.host["buffers"] += compute * (largest + part)  # part: new weights on their way back
         memory.host["gradients"] += 4 * part
-    else:
-        memory.step = 4 * part
+        return
+    # Stage 1 reduces when backward is over; stage 2 keeps the tensors that its part touches, the first and last whole.
+    touched = sum(weight.numel for weight in model.trained if real[weight.name])
+    memory.device["gradients"] += compute * (whole if config.sharding.backend == "zero1" else touched)
+    memory.step = 4 * part
 
 
 def _zero3(memory: Memory, model: PlannedModel, config: Config, ranks: int) -> None:
-    compute = compute_bytes(config)
-    sizes = zero_sizes(config)
+    compute, sizes = compute_bytes(config), zero_sizes(config)
     offloaded = config.sharding.offload == "cpu"
     masters = memory.host if offloaded else memory.device
     part = sum(pieces_of(weight, ranks, 0).padded for weight in model.trained)
     kept = sum(weight.numel for weight in model.weights if weight.numel <= sizes.persistence_threshold_elements)
     memory.device["weights"] += compute * sum(pieces_of(weight, ranks, 0).padded for weight in model.weights)
     memory.device["weights"] += compute * kept
-    if config.sharding.mixed_precision != "none" or offloaded:
-        masters["weights"] += 4 * part  # in float32 on the device, the shards themselves are stepped
+    masters["weights"] += 4 * part  # a copy of their own in float32, too
     masters["optimizer"] += moments(config) * 4 * part + _steps(config, len(groups_of(model)))
     masters["gradients"] += compute * part
-    memory.device["buffers"] += compute * sizes.reduce_bucket_elements
+    memory.device["buffers"] += reduced_bytes(config) * sizes.reduce_bucket_elements
     if offloaded:
         memory.host["gradients"] += 4 * min(part, sizes.sub_group_elements)
     else:

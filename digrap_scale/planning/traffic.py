@@ -10,7 +10,7 @@ from digrap_scale.config import Config
 from digrap_scale.method.build import METHODS
 from digrap_scale.method.statistics import GRADIENT_STATISTICS, UPDATE_STATISTICS
 from digrap_scale.planning.shards import rows_of
-from digrap_scale.planning.states import blocks_of, groups_of
+from digrap_scale.planning.states import blocks_of, groups_of, reduced_bytes
 from digrap_scale.planning.weights import PlannedModel, compute_bytes, model_bytes
 from digrap_scale.sharding.deepspeed_json import zero_sizes
 
@@ -97,11 +97,6 @@ def _fsdp2(model: PlannedModel, config: Config, world_size: int, accumulation_st
     yield from _method(model, config, ranks, 1)
 
 
-def _reduced_bytes(config: Config) -> int:
-    """DeepSpeed reduces half-precision gradients in float32, as our config asks."""
-    return 4 if config.sharding.mixed_precision != "none" else compute_bytes(config)
-
-
 def _buckets(model: PlannedModel, config: Config) -> int:
     size = zero_sizes(config).reduce_bucket_elements
     return max(1, math.ceil(sum(weight.numel for weight in model.trained) / size))
@@ -111,7 +106,7 @@ def _zero12(model: PlannedModel, config: Config, ranks: int, accumulation_steps:
     numel = sum(weight.numel for weight in model.trained)
     times = accumulation_steps if config.sharding.backend == "zero2" else 1
     buckets = _buckets(model, config) * times
-    yield Traffic("all_reduce", "gradients, in buckets", buckets, _reduced_bytes(config) * numel * times, ranks)
+    yield Traffic("all_reduce", "gradients, in buckets", buckets, reduced_bytes(config) * numel * times, ranks)
     yield Traffic(
         "all_gather", "weights after the step", len(groups_of(model)), compute_bytes(config) * numel, ranks
     )  # fmt: skip
@@ -132,7 +127,7 @@ def _zero3(model: PlannedModel, config: Config, ranks: int, accumulation_steps: 
     )  # fmt: skip
     yield Traffic(
         "reduce_scatter", "gradients, in buckets", _buckets(model, config) * accumulation_steps,
-        _reduced_bytes(config) * trained * accumulation_steps, ranks,
+        reduced_bytes(config) * trained * accumulation_steps, ranks,
     )  # fmt: skip
     yield Traffic(
         "all_gather", "small weights after the step", 1, compute * sum(weight.numel for weight in kept), ranks
