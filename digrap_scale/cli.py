@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate = config_verb("evaluate", _evaluate, "print the suite's ID/OOD table")
     evaluate.add_argument("--weights", help="folder of the weights, such as a run's final/ (default: model.path)")
-    config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    checked = config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    checked.add_argument("--world-size", type=int, help="processes of the job (default: the launcher's, or 1)")
     planned = config_verb(
         "plan", _plan, "memory of each rank and communication of a step; loads no weights, needs no GPU"
     )
@@ -145,7 +146,7 @@ def _validate(options: argparse.Namespace) -> None:
     config = _load(options)
     from digrap_scale.training.validate import validate
 
-    for line in validate(config):
+    for line in validate(config, options.world_size):
         print(line)
     print(f"{options.config}: no problems found")
 

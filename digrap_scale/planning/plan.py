@@ -92,7 +92,7 @@ def plan(config: Config, world_size: int) -> Plan:
     Raises:
         ConfigError: no such model, or batches, replicas or a backend that do not go with so many ranks.
     """
-    _check_ranks(config, world_size)
+    check_ranks(config, world_size)
     micro, accumulation_steps = portions(config.training, world_size)
     num_classes = num_classes_of(config)
     model = read_model(config, num_classes)
@@ -154,7 +154,8 @@ def _variants(config: Config, world_size: int) -> Iterator[Config]:
                     continue  # rules over several keys forbid it: the run would, too
 
 
-def _check_ranks(config: Config, world_size: int) -> None:
+def check_ranks(config: Config, world_size: int) -> None:
+    """Raises: ConfigError: the config does not go with so many processes."""
     if world_size < 1:
         raise ConfigError(f"--world-size: expected 1 or more, found {world_size}")
     if config.sharding.backend == "single" and world_size > 1:

@@ -23,7 +23,7 @@ from digrap_scale.training.faults import Nobody
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import refuse
-from digrap_scale.training.setup import Place, imagine_reduction, imagined_place, place
+from digrap_scale.training.setup import Place, choose_operators, imagine_reduction, imagined_place, place
 from digrap_scale.training.validate import find_problems
 
 
@@ -87,6 +87,7 @@ def dry_run(config: Config, steps: int, world_size: int | None, message: Callabl
         raise ConfigError(f"--dry-run: expected 1 step or more, found {steps}")
     if world_size is not None and world_size < 1:
         raise ConfigError(f"--world-size: expected 1 or more, found {world_size}")
+    choose_operators(config)
     imagined = world_size is not None and world_size > 1
     where: AbstractContextManager[Place] = (
         imagined_place(config, world_size) if imagined and world_size else place(config)

@@ -249,6 +249,16 @@ def _free_port() -> str:
         return str(sock.getsockname()[1])
 
 
+def choose_operators(config: Config) -> None:
+    """``run.deterministic``: torch takes operators that give the same bits every time, or raises an error."""
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition; read at its first use
+        torch.backends.cudnn.benchmark = False
+        # Filling new memory with NaN is to find code that reads it; frameworks' buffers have padding that nobody reads.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def seed_everything(seed: int, rank: int) -> None:
     """Seed Python, NumPy and torch; dropout differs between ranks, weights are drawn before from the run's seed alone."""
     random.seed(seed + rank)
