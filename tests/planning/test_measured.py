@@ -26,6 +26,7 @@ CASES: list[dict[str, dict[str, Any]]] = [
     {"sharding": {"backend": "fsdp2", "mixed_precision": "bfloat16"}, "method": {"name": "none"}},
     {"sharding": {"backend": "fsdp2", "offload": "cpu"}, "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}},
     {"sharding": {"backend": "fsdp2"}, "model": {"freeze": ["embeddings", "layers?\\.0\\."]}, "method": UPDATE},
+    {"sharding": {"backend": "fsdp2"}, "model": {"lora": {"rank": 64, "target_modules": ["q_proj", "v_proj"]}}, "method": UPDATE},
     {"sharding": {"backend": "zero1", "zero": SMALL_BUCKETS}, "method": UPDATE},
     {"sharding": {"backend": "zero2", "zero": SMALL_BUCKETS}, "method": UPDATE},
     {"sharding": {"backend": "zero2", "zero": SMALL_BUCKETS, "mixed_precision": "bfloat16"}},
