@@ -11,7 +11,7 @@ from digrap_scale.method.build import METHODS
 from digrap_scale.method.statistics import GRADIENT_STATISTICS, UPDATE_STATISTICS
 from digrap_scale.planning.shards import rows_of
 from digrap_scale.planning.states import blocks_of, groups_of, reduced_bytes
-from digrap_scale.planning.weights import PlannedModel, compute_bytes, model_bytes
+from digrap_scale.planning.weights import ROOT_BLOCK, PlannedModel, compute_bytes, model_bytes
 from digrap_scale.sharding.deepspeed_json import zero_sizes
 
 _DDP_BUCKET_BYTES = 25 << 20  # torch's default; the first is smaller
@@ -79,13 +79,19 @@ def _fsdp2(model: PlannedModel, config: Config, world_size: int, accumulation_st
     trained = [block for block in blocks if any(weight.trained for weight in block)]
     whole = sum(rows_of(weight, ranks, 0).padded * ranks for block in blocks for weight in block)
     grads = sum(rows_of(w, ranks, 0).padded * ranks for block in trained for w in block if w.trained)
-    again = sum(rows_of(weight, ranks, 0).padded * ranks for block in trained for weight in block)
+    # Backward asks for a block's weights, and ahead of time for those of the block before it, whether that trains or not.
+    called = [block for number, block in blocks_of(model).items() if block and number != ROOT_BLOCK]
+    called += [block for block in blocks if block not in called]
+    backward = [
+        block for block, after in zip(called, [*called[1:], []], strict=True) if block in trained or after in trained
+    ]
+    again = sum(rows_of(weight, ranks, 0).padded * ranks for block in backward for weight in block)
     yield Traffic(
         "all_gather", "weights, forward", len(blocks) * accumulation_steps, compute * whole * accumulation_steps, ranks
     )
     if config.sharding.reshard_after_forward:
         yield Traffic(
-            "all_gather", "weights, backward", len(trained) * accumulation_steps,
+            "all_gather", "weights, backward", len(backward) * accumulation_steps,
             compute * again * accumulation_steps, ranks,
         )  # fmt: skip
     yield Traffic(

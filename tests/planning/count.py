@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from digrap_scale.config import parse_config
 from digrap_scale.training.build_run import attach_projector, build_run
@@ -18,51 +16,43 @@ from tests.planning.small_run import SIDE
 Counted = dict[str, list[int]]  # collective → bytes of each call's whole tensor
 
 
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+class Counting(TorchDispatchMode):
+    """Sees every collective, whoever calls it: all go through torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counted = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        if func.namespace == "c10d" and name in _PLACES:
+            collective, place = _PLACES[name]
+            whole = args[place]
+            tensors = whole if isinstance(whole, (list, tuple)) else [whole]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.found.setdefault(collective, []).append(size)
+        return func(*args, **(kwargs or {}))
 
 
-# Function → its collective, and which argument is the whole tensor.
-_FUNCTIONS: dict[str, tuple[str, int]] = {
-    "all_reduce": ("all_reduce", 0),
-    "all_gather_into_tensor": ("all_gather", 0),
-    "reduce_scatter_tensor": ("reduce_scatter", 1),
+# torch's operator → its collective, and which argument is the whole tensor.
+_PLACES = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
 }
-_WORDS = {0: ("tensor", "output_tensor"), 1: ("input", "input_tensor")}
-
-
-@contextmanager
-def counted() -> Iterator[Counted]:
-    """Calls of the block's time. What calls within a coalescing manager is called with the same tensors, and counted too."""
-    found: Counted = {}
-
-    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        collective, place = _FUNCTIONS[name]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            whole = args[place] if len(args) > place else next(kwargs[word] for word in _WORDS[place] if word in kwargs)
-            found.setdefault(collective, []).append(_size(whole))
-            return original(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as stack:
-        for name in _FUNCTIONS:
-            original = getattr(dist, name)
-            stack.enter_context(patch.object(dist, name, watched(name, original)))
-        yield found
 
 
 def count_step(text: str) -> Counted:
-    """The collectives of a config's second step."""
+    """The collectives of a config's second step, and of no other."""
     config = parse_config(text)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     run = build_run(config, Place(rank, ranks, torch.device("cpu")))
     engine = run.engine
     projector = attach_projector(run, config)
-    found: Counted = {}
+    counting = Counting()
     for _ in range(2):
-        with counted() as found:
+        counting = Counting()
+        with counting:
             for part in range(engine.accumulation_steps):
                 pixels = engine.cast(torch.randn(engine.micro_batch_samples, 3, SIDE, SIDE))
                 labels = torch.zeros(engine.micro_batch_samples, dtype=torch.int64)
@@ -71,7 +61,7 @@ def count_step(text: str) -> Counted:
                     engine.backward(loss)
             engine.step()
     projector.detach()
-    return found
+    return counting.found
 
 
 def count_all(texts: list[str]) -> list[Counted]:
