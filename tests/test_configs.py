@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from digrap_scale.config.load import parse_config
-from digrap_scale.models.build import check_model
+from digrap_scale.models.check import check_model
 from tests.models.tiny import save_beit, save_clip, save_resnet, save_siglip, save_vit, save_vit_mae
 from tests.models.tiny_vlm import save_tiny_vlm
 

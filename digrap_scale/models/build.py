@@ -31,12 +31,10 @@ from transformers import (
 from digrap_scale.config.schema import Config, ModelConfig
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.adapters import add_lora, original_name
-from digrap_scale.models.embeddings import build_embed
 from digrap_scale.models.families import Family, build_family
 from digrap_scale.models.families.encoders import classifier_config
 from digrap_scale.models.families.packing import check_packable
 from digrap_scale.models.freeze import apply_freezing, freeze_batch_norm, freeze_body, head_parameters
-from digrap_scale.models.groups import build_groups, describe_groups
 from digrap_scale.models.hollow import hollow_out, load_hollow, obstacle, renamed
 from digrap_scale.models.processors import load_processor
 from digrap_scale.models.towers import TextTable
@@ -101,7 +99,7 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
     """
     settings = config.model
     folder = resolve_folder(settings)
-    model_config = _read_config(folder, settings, num_classes)
+    model_config = read_config(folder, settings, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.run.seed)
         twin, stored = None, None
@@ -132,7 +130,7 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
     if settings.generative:
         if config.data.pack_tokens is not None:
             check_packable(model.config)
-        family = _family(folder, model_config, settings)
+        family = family_of(folder, model_config, settings)
         family.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model._no_split_modules = sorted({*(model._no_split_modules or []), *family.wrap})
         whole = family.processor
@@ -142,7 +140,7 @@ def build_model(config: Config, num_classes: int | None, open_weights: OpenWeigh
     return BuiltModel(wrapped, processor, tokenizer, folder, new, report, slices, head=head)
 
 
-def _family(folder: Path, model_config: PreTrainedConfig, settings: ModelConfig) -> Family:
+def family_of(folder: Path, model_config: PreTrainedConfig, settings: ModelConfig) -> Family:
     return build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
 
 
@@ -170,16 +168,16 @@ def resolve_folder(settings: ModelConfig, weights: bool = True, only_config: boo
         return Path(snapshot_download(settings.path, allow_patterns=files))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConfigError(
-            f"model.path: {settings.path!r} is neither a local folder nor a hub id that can be had: {_one_line(error)}"
+            f"model.path: {settings.path!r} is neither a local folder nor a hub id that can be had: {one_line_of(error)}"
         ) from error
 
 
-def _read_config(folder: Path, settings: ModelConfig, num_classes: int | None) -> PreTrainedConfig:
+def read_config(folder: Path, settings: ModelConfig, num_classes: int | None) -> PreTrainedConfig:
     """The model's config, with the head's size set."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {folder / 'config.json'} cannot be used: {_one_line(error)}") from error
+        raise ConfigError(f"model.path: {folder / 'config.json'} cannot be used: {one_line_of(error)}") from error
     if settings.task == "classification":
         config = classifier_config(config)
     if settings.task == "classification" and num_classes is not None and config.num_labels != num_classes:
@@ -208,7 +206,7 @@ def _open(
             twin = meta_model(config, settings)
             stored = open_weights(folder, twin)
         except (CheckpointError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {_one_line(error)}") from error
+            raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {one_line_of(error)}") from error
         if not stored.converted:
             return twin, stored, []
         why = f"{len(stored.converted)} of its tensors are merged or split on their way in ({stored.converted[0]})"
@@ -238,7 +236,7 @@ def _load(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {_one_line(error)}") from error
+        raise CheckpointError(f"model.path: {folder}: weights cannot be loaded: {one_line_of(error)}") from error
     differing = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
     absent = set(info["missing_keys"]) - set(differing)
     new: set[str] = set()
@@ -289,7 +287,7 @@ def _optional(auto: Any, folder: Path, settings: ModelConfig, files: tuple[str, 
     try:
         return auto.from_pretrained(folder, trust_remote_code=settings.trust_remote_code, **extra)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ConfigError(f"model.path: {folder}: {auto.__name__} cannot be loaded: {_one_line(error)}") from error
+        raise ConfigError(f"model.path: {folder}: {auto.__name__} cannot be loaded: {one_line_of(error)}") from error
 
 
 def load_tokenizer(folder: Path, settings: ModelConfig) -> Any | None:
@@ -300,103 +298,7 @@ def load_tokenizer(folder: Path, settings: ModelConfig) -> Any | None:
     return _optional(AutoTokenizer, folder, settings, files)
 
 
-def check_model(config: Config, num_classes: int | None = None) -> list[str]:
-    """Every problem of the model's section that shows without its weights, a line each; empty if nothing was found.
-
-    The model is built on the meta device from its config, so regexes meet the real names.
-    """
-    settings = config.model
-    try:
-        folder = resolve_folder(settings, weights=False)
-        model = meta_model(_read_config(folder, settings, num_classes), settings)
-    except ConfigError as error:
-        return error.problems
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        return [f"model.path: {settings.path}: no model can be built from its config.json: {_one_line(error)}"]
-    problems = []
-    if config.evaluation.interpolate_alphas and settings.task == "classification" and num_classes is not None:
-        stored = _read_config(folder, settings, None).num_labels
-        if stored != num_classes:
-            problems.append(
-                f"evaluation.interpolate_alphas: the head starts new ({stored} classes in {settings.path}, {num_classes} in "
-                "data.classes), so there is nothing to interpolate it with; set model.path to the `final` folder of a "
-                "linear_probe run, or remove interpolate_alphas"
-            )
-    if folder == Path(settings.path) and not any(folder.glob("*.safetensors")):
-        problems.append(f"model.path: {settings.path} has no safetensors weights")
-    low_precision = sorted({settings.dtype, config.sharding.mixed_precision} - {"float32", "none"})
-    if low_precision and config.sharding.backend not in ("single", "ddp"):
-        # Exactly torch's layers: their statistics stay float32. Our own towers compute BatchNorm in float32 themselves.
-        layers = [n for n, m in model.named_modules() if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
-        if layers:
-            problems.append(
-                f"sharding.mixed_precision, model.dtype: {low_precision[0]} does not work with BatchNorm ({layers[0]} and "
-                f"{len(layers) - 1} more) under {config.sharding.backend}; use float32, or sharding.backend: ddp"
-            )
-    if settings.generative:
-        try:
-            if config.data.pack_tokens is not None:
-                check_packable(model.config)
-            _family(folder, model.config, settings)
-        except ConfigError as error:
-            problems += error.problems
-    if settings.task == "contrastive" and load_tokenizer(folder, settings) is None:
-        problems.append(f"model.path: {settings.path} has no tokenizer, and model.task: contrastive needs one")
-    wrapped: nn.Module = model
-    try:
-        if settings.lora is not None:
-            with torch.device("meta"):
-                wrapped = add_lora(model, settings.lora)
-    except ConfigError as error:
-        return problems + error.problems
-    checks: list[Callable[[], object]] = [
-        lambda: apply_freezing(wrapped, settings),
-        lambda: _freeze_body(wrapped, config),
-        lambda: build_groups(wrapped, config.optimizer),
-    ]
-    if config.evaluation.shift_degree is not None:
-        checks.append(lambda: build_embed(settings.task, wrapped))
-    for check in checks:
-        try:
-            check()
-        except ConfigError as error:
-            problems += error.problems
-    return problems
-
-
-def describe_model(config: Config, num_classes: int | None = None) -> list[str]:
-    """What the regexes of a config without problems (``check_model``) match, a line each; loads no weights."""
-    model, lines = outline(config, resolve_folder(config.model), num_classes)
-    return lines + describe_groups(build_groups(model, config.optimizer))
-
-
-def outline(config: Config, folder: Path, num_classes: int | None = None) -> tuple[nn.Module, list[str]]:
-    """The model of ``folder``'s config.json on the meta device, adapters added and parameters frozen as a run's; and lines
-    that tell what the regexes matched. Which parameters start new shows in the checkpoint alone.
-
-    Raises:
-        ConfigError: as ``build_model``'s.
-    """
-    settings = config.model
-    try:
-        with torch.device("meta"):
-            base = meta_model(_read_config(folder, settings, num_classes), settings)
-            model: nn.Module = base if settings.lora is None else add_lora(base, settings.lora)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"model.path: {settings.path}: no model can be built from its config.json: {_one_line(error)}"
-        ) from error
-    return model, apply_freezing(model, settings) + _freeze_body(model, config)
-
-
-def _freeze_body(model: nn.Module, config: Config) -> list[str]:
-    """As far as it shows without the checkpoint: which parameters start new does not."""
-    if not getattr(config.method, "head", None):
-        return []
-    return freeze_body(model, config.method, head_parameters(model, config.method, ()))
-
-
-def _one_line(error: Exception) -> str:
+def one_line_of(error: Exception) -> str:
     """An error's text on one line, without the advice that libraries add below their first paragraph."""
     text = str(error).strip().split("\n\n")[0]
     return f"{type(error).__name__}: {' '.join(text.split())}"[:400]

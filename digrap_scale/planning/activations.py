@@ -20,6 +20,7 @@ from digrap_scale.config import Config
 from digrap_scale.planning.weights import PlannedModel, compute_bytes
 
 _FORMULA_BYTES = 34  # of a token, a hidden element and a layer, at two bytes an activation
+_INPUT_BYTES = 2  # of those, what a layer takes
 _TEXT_TOKENS = 64  # beside the images', where nothing says how long a sample's text is
 _PROMPT_TOKENS = 16  # of a class prompt or caption, where the model would take more
 
@@ -28,6 +29,16 @@ def activation_bytes(
     model: PlannedModel, config: Config, micro_batch_samples: int, num_classes: int | None
 ) -> tuple[int, str]:
     """Bytes that forward keeps for backward on one rank, and a line that says how that was estimated."""
+    found, how = _kept(model, config, micro_batch_samples, num_classes)
+    if config.training.gradient_checkpointing:
+        # Each layer's input (2 of the formula's 34 bytes), and all of the one layer that is computed again.
+        layers = max(1, sum(_layers(part) for part in _towers(_base_config(model))))
+        found = found * _INPUT_BYTES // _FORMULA_BYTES + found // layers
+        how += f"; gradient checkpointing: inputs of {layers} layers, and one layer"
+    return found, how
+
+
+def _kept(model: PlannedModel, config: Config, micro_batch_samples: int, num_classes: int | None) -> tuple[int, str]:
     if not config.model.generative:
         try:
             inputs = _inputs(model, config, micro_batch_samples, num_classes)
@@ -140,4 +151,14 @@ def _formula(model: PlannedModel, config: Config, samples: int) -> tuple[int, st
 
 def _layers_bytes(config: Any, tokens: int) -> int:
     hidden = int(getattr(config, "hidden_size", 0) or getattr(config, "embed_dim", 0))
-    return _FORMULA_BYTES * tokens * hidden * int(getattr(config, "num_hidden_layers", 0))
+    return _FORMULA_BYTES * tokens * hidden * _layers(config)
+
+
+def _layers(config: Any) -> int:
+    return int(getattr(config, "num_hidden_layers", 0))
+
+
+def _towers(config: Any) -> list[Any]:
+    """The sub-configs that have layers, or the config itself."""
+    found = [getattr(config, name, None) for name in ("vision_config", "text_config")]
+    return [part for part in found if part is not None] or [config]

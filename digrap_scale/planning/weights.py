@@ -16,7 +16,8 @@ from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.file_names import loaded_names
 from digrap_scale.method.build import METHODS
 from digrap_scale.models.adapters import original_name
-from digrap_scale.models.build import head_names, outline, resolve_folder
+from digrap_scale.models.build import head_names, resolve_folder
+from digrap_scale.models.check import outline
 from digrap_scale.models.freeze import freeze_body
 from digrap_scale.models.groups import build_groups
 from digrap_scale.reference.store import SafetensorsReader

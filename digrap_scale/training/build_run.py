@@ -18,6 +18,7 @@ from digrap_scale.data.tasks.build import build_task, required_classes
 from digrap_scale.method.build import from_config
 from digrap_scale.models.adapters import load_adapter
 from digrap_scale.models.build import BuiltModel, build_model
+from digrap_scale.models.forward import set_forward
 from digrap_scale.models.groups import build_groups
 from digrap_scale.projector import Projector, attach
 from digrap_scale.reference.initial import open_weights
@@ -50,6 +51,7 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     model_class = type(built.model)
     base = getattr(built.model, "get_base_model", lambda: built.model)
     base_class = type(base())
+    set_forward(base(), config)
     if classes is not None and config.model.task == "classification":
         # For whoever opens final/ in transformers: names in place of LABEL_0, or of the pre-training's classes.
         settings: Any = base().config

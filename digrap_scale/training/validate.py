@@ -8,7 +8,7 @@ from digrap_scale.config import Config
 from digrap_scale.data.check import check_data
 from digrap_scale.data.classes import load_classes
 from digrap_scale.errors import CheckpointError, ConfigError
-from digrap_scale.models.build import check_model, describe_model
+from digrap_scale.models.check import check_model, describe_model
 from digrap_scale.planning.disk import disk_lines, disk_need
 from digrap_scale.planning.plan import check_ranks
 from digrap_scale.planning.weights import read_model

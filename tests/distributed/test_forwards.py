@@ -1,4 +1,4 @@
-"""Budgets and packing change how a step is computed, not the step: against one process without either."""
+"""Budgets, packing and gradient checkpointing change how a step is computed, not the step: against one process without either."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(folder: Path, backend: str, data: dict[str, Any], micro: int | None) -> Config:
+def made(folder: Path, backend: str, data: dict[str, Any], micro: int | None, **training: Any) -> Config:
     values = vqa_config(
         str(folder / "llava"), backend, str(folder / "unused"), str(folder / "train-000000.tar"), "unused.tar"
     ).model_dump()
     values["data"] |= data
-    values["training"]["micro_batch_samples"] = micro
+    values["training"] |= {"micro_batch_samples": micro, **training}
     return Config.model_validate(values)
 
 
@@ -47,6 +47,10 @@ def test_a_step_is_the_same_step(backends: tuple[str, ...], tmp_path: Path) -> N
         for backend in backends
         for name, data in SETTINGS.items()
         for micro in ((1,) if name == "budget" else (None,))
+    }
+    cases |= {
+        f"{backend} gradient checkpointing": made(tmp_path, backend, {}, None, gradient_checkpointing=True)
+        for backend in backends
     }
     results = run_ranks(2, tmp_path / "ranks", run_all_forwards, cases)
     for name in cases:

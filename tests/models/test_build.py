@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from digrap_scale.errors import CheckpointError, ConfigError
-from digrap_scale.models.build import build_model, check_model
+from digrap_scale.models.build import build_model
+from digrap_scale.models.check import check_model
 from tests.models import tiny
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 from digrap_scale.config.schema import LoraConfig
 from digrap_scale.errors import ConfigError
 from digrap_scale.models.adapters import add_lora
-from digrap_scale.models.build import check_model
+from digrap_scale.models.check import check_model
 from digrap_scale.models.embeddings import EMBED, build_embed
 from digrap_scale.types import Batch
 from tests.distributed.vlm_models import IMAGE_TOKEN, PATCHES, make_vlm

@@ -42,6 +42,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Dtype of the weights that are trained."
     )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        default="auto", description="The attention kernel; `auto`: transformers' own choice for the model."
+    )
     freeze: list[Regex] = Field(
         default=[], description="Regexes of parameter names that do not train; each must match one."
     )

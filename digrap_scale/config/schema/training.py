@@ -19,6 +19,10 @@ class TrainingConfig(Section):
     micro_batch_samples: PositiveInt | None = Field(
         default=None, description="Samples per forward on one rank; empty: no accumulation."
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Keep each layer's input alone, and compute the layer again in backward: less memory, about a third slower.",
+    )
     max_grad_norm: PositiveFloat | None = Field(
         default=None, description="Clip the global gradient norm, before the projection."
     )
