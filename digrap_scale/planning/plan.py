@@ -15,6 +15,7 @@ from digrap_scale.planning.activations import activation_bytes
 from digrap_scale.planning.states import Memory, memory_of, ranks_to_look_at
 from digrap_scale.planning.traffic import Traffic, traffic_of
 from digrap_scale.planning.weights import PlannedModel, read_model
+from digrap_scale.sharding.deepspeed_json import json_problems
 from digrap_scale.sharding.engine import portions
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -93,6 +94,8 @@ def plan(config: Config, world_size: int) -> Plan:
         ConfigError: no such model, or batches, replicas or a backend that do not go with so many ranks.
     """
     check_ranks(config, world_size)
+    if problems := json_problems(config):
+        raise ConfigError(problems)
     micro, accumulation_steps = portions(config.training, world_size)
     num_classes = num_classes_of(config)
     model = read_model(config, num_classes)
@@ -101,7 +104,12 @@ def plan(config: Config, world_size: int) -> Plan:
         rank: memory_of(model, config, world_size, rank, activations) for rank in sorted(ranks_to_look_at(world_size))
     }
     traffic = traffic_of(model, config, world_size, accumulation_steps)
-    return Plan(model, memory, traffic, micro, accumulation_steps, [*model.notes, how])
+    notes = [*model.notes, how]
+    if config.sharding.deepspeed_config is not None:
+        notes.append(
+            "sharding.deepspeed_config: its sizes and overlap_comm are in the plan; its other settings are not"
+        )
+    return Plan(model, memory, traffic, micro, accumulation_steps, notes)
 
 
 def alternatives(config: Config, world_size: int) -> list[Alternative]:

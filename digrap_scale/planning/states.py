@@ -13,7 +13,7 @@ from digrap_scale.config import Config
 from digrap_scale.method.build import METHODS
 from digrap_scale.planning.shards import flat_parts, flat_size, pieces_of, rows_of
 from digrap_scale.planning.weights import ROOT_BLOCK, PlannedModel, Weight, compute_bytes, model_bytes, stepped_bytes
-from digrap_scale.sharding.deepspeed_json import zero_sizes
+from digrap_scale.sharding.deepspeed_json import doubles_buckets, zero_sizes
 
 # Rows of the table, in its order. "gathered": weights and gradients that are whole for a while (FSDP2, ZeRO-3).
 KINDS = ("weights", "gradients", "optimizer", "reference", "previous", "buffers", "gathered", "activations")
@@ -156,7 +156,8 @@ def reduced_bytes(config: Config) -> int:
 
 def _zero_gradients(memory: Memory, model: PlannedModel, config: Config, part: int, real: dict[str, int]) -> None:
     compute = compute_bytes(config)
-    memory.device["buffers"] += compute * zero_sizes(config).reduce_bucket_elements
+    buckets = 2 if doubles_buckets(config) else 1
+    memory.device["buffers"] += compute * buckets * zero_sizes(config).reduce_bucket_elements
     whole = sum(weight.numel for weight in model.trained)
     if config.sharding.offload == "cpu":
         # Each goes to host memory as it comes, by buffers of the largest one's size on both sides.

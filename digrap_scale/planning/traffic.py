@@ -79,12 +79,12 @@ def _fsdp2(model: PlannedModel, config: Config, world_size: int, accumulation_st
     trained = [block for block in blocks if any(weight.trained for weight in block)]
     whole = sum(rows_of(weight, ranks, 0).padded * ranks for block in blocks for weight in block)
     grads = sum(rows_of(w, ranks, 0).padded * ranks for block in trained for w in block if w.trained)
-    # Backward asks for a block's weights, and ahead of time for those of the block before it, whether that trains or not.
+    # Backward asks for the weights of every block from the first that trains on, and ahead of time for those of the one before
+    # it. (At most: of towers side by side, one that does not train at all is not asked for.)
     called = [block for number, block in blocks_of(model).items() if block and number != ROOT_BLOCK]
-    called += [block for block in blocks if block not in called]
-    backward = [
-        block for block, after in zip(called, [*called[1:], []], strict=True) if block in trained or after in trained
-    ]
+    called += [block for block in [blocks_of(model)[ROOT_BLOCK]] if block]
+    first = next((place for place, block in enumerate(called) if any(weight.trained for weight in block)), len(called))
+    backward = called[max(0, first - 1) :]
     again = sum(rows_of(weight, ranks, 0).padded * ranks for block in backward for weight in block)
     yield Traffic(
         "all_gather", "weights, forward", len(blocks) * accumulation_steps, compute * whole * accumulation_steps, ranks

@@ -58,6 +58,14 @@ def zero_sizes(config: Config) -> ZeroConfig:
     return ZeroConfig(**given)
 
 
+def doubles_buckets(config: Config) -> bool:
+    """Whether ``overlap_comm`` of the user's file makes ZeRO-1 and 2 hold two buckets in place of one (they do not by
+    default)."""
+    if config.sharding.deepspeed_config is None or config.sharding.backend == "zero3":
+        return False
+    return _at(read_json(config.sharding.deepspeed_config), "zero_optimization.overlap_comm") is True
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The settings in a file. Raises: ConfigError: unreadable, no JSON object, or a key that is there twice."""
     name = f"sharding.deepspeed_config: {path}"

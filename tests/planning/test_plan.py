@@ -126,7 +126,7 @@ def test_validate_tells_disk_and_shared_shards(
     assert "6 loaders (2 ranks × 3) share 4 shards" in shown
     assert "3 checkpoints of 9.39 MiB, final 3.13 MiB" in shown  # weights and two moments in float32
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=10 << 20))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10 << 20))
     assert main(["validate", str(tmp_path / "run.yaml"), *override]) == 2
     assert "found 10 MiB free; lower checkpoint.keep_last" in capsys.readouterr().err
 

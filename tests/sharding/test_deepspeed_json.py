@@ -10,7 +10,7 @@ import pytest
 
 from digrap_scale.config import Config, parse_config
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.deepspeed_json import json_problems, merged, zero_sizes
+from digrap_scale.sharding.deepspeed_json import doubles_buckets, json_problems, merged, zero_sizes
 
 BASE = """
 run: {folder: runs/x}
@@ -78,7 +78,7 @@ def test_what_agrees_is_merged_and_auto_is_ours(tmp_path: Path) -> None:
         "bf16": {"enabled": "auto"},
     }
     config = config_of(tmp_path / "ds.json", settings)
-    assert zero_sizes(config).reduce_bucket_elements == 5000
+    assert zero_sizes(config).reduce_bucket_elements == 5000 and doubles_buckets(config)
     ours = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,

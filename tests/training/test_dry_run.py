@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch.distributed as dist
 from digrap_scale.cli import main
 from digrap_scale.config import parse_config
 from digrap_scale.errors import ConfigError
-from digrap_scale.training import dry_run as module
+from digrap_scale.training.build_run import attach_projector
 from digrap_scale.training.dry_run import dry_run
-from tests.planning.small_run import SMALL_BUCKETS, run_of, save_model, save_shards
+from tests.planning.small_run import run_of, save_model, save_shards
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,10 @@ def test_steps_are_taken_and_nothing_is_written(
     seen: dict[str, Any] = {}
 
     def watched(run: Any, config: Any) -> Any:
-        seen["projector"] = attach(run, config)
+        seen["projector"] = attach_projector(run, config)
         return seen["projector"]
 
-    attach = module.attach_projector
-    monkeypatch.setattr(module, "attach_projector", watched)
+    monkeypatch.setattr("digrap_scale.training.dry_run.attach_projector", watched)
     before = sorted(folder.rglob("*"))
     lines: list[str] = []
     found = dry_run(parse_config(run_of(folder, sharding=sharding)), 2, world_size, lines.append)
@@ -66,11 +66,14 @@ def test_steps_are_taken_and_nothing_is_written(
 
 @pytest.mark.parametrize("backend", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_deepspeed(folder: Path, tmp_path: Path, backend: str) -> None:
-    """In a process of its own: DeepSpeed keeps the first group that it sees for good."""
-    (tmp_path / "run.yaml").write_text(run_of(folder, sharding={"backend": backend, "zero": SMALL_BUCKETS}))
+    """In a process of its own: DeepSpeed keeps the first group that it sees for good. With a DeepSpeed JSON."""
+    theirs = {"zero_optimization": {"reduce_bucket_size": 100_000, "overlap_comm": False}, "gradient_clipping": "auto"}
+    (tmp_path / "ds.json").write_text(json.dumps(theirs))
+    sharding = {"backend": backend, "deepspeed_config": f"{tmp_path}/ds.json"}
+    (tmp_path / "run.yaml").write_text(run_of(folder, sharding=sharding))
     before = sorted(folder.rglob("*"))
     words = [sys.executable, "-m", "digrap_scale", "train", str(tmp_path / "run.yaml"), "--dry-run", "2"]
-    done = subprocess.run([*words, "--world-size", "3"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, "--world-size", "3"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "dry run: 2 steps as rank 0 of 3, the others imagined: first" in done.stdout
     assert f"method digrap on {backend}" in done.stdout
