@@ -55,10 +55,22 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of the file's values")
         return added
 
-    config_verb("train", _train, "train, save and evaluate a run")
+    train = config_verb("train", _train, "train, save and evaluate a run")
+    train.add_argument("--dry-run", type=int, metavar="N", help="take N steps, tell time and memory, and write nothing")
+    train.add_argument(
+        "--world-size",
+        type=int,
+        help="of a dry run in one process: imagine a job of so many (default: 1, or the launcher's)",
+    )
     evaluate = config_verb("evaluate", _evaluate, "print the suite's ID/OOD table")
     evaluate.add_argument("--weights", help="folder of the weights, such as a run's final/ (default: model.path)")
-    config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    checked = config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    checked.add_argument("--world-size", type=int, help="processes of the job (default: the launcher's, or 1)")
+    planned = config_verb(
+        "plan", _plan, "memory of each rank and communication of a step; loads no weights, needs no GPU"
+    )
+    planned.add_argument("--world-size", type=int, required=True, help="processes of the job")
+    planned.add_argument("--device-memory", metavar="BYTES", help="of each device, such as 80GiB: tells what fits")
     interpolate = verb("interpolate", _interpolate, "WiSE-FT: (1 − α)·A + α·B, streamed tensor by tensor")
     interpolate.add_argument("a", help="pre-trained weights (folder or safetensors)")
     interpolate.add_argument("b", help="fine-tuned model's folder")
@@ -112,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.dry_run is not None:
+        from digrap_scale.training.dry_run import dry_run
+
+        dry_run(_load(options), options.dry_run, options.world_size, print)
+        return
+    if options.world_size is not None:
+        raise ConfigError("--world-size: it is for --dry-run; a run has as many processes as its launcher starts")
     from digrap_scale.training.run import train
 
     train(_load(options))
@@ -127,9 +146,31 @@ def _validate(options: argparse.Namespace) -> None:
     config = _load(options)
     from digrap_scale.training.validate import validate
 
-    for line in validate(config):
+    for line in validate(config, options.world_size):
         print(line)
     print(f"{options.config}: no problems found")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from digrap_scale.planning.plan import alternatives, parse_bytes, plan
+    from digrap_scale.planning.show import show_alternatives, show_plan
+    from digrap_scale.training.batches import describe_data
+
+    device_memory = None if options.device_memory is None else parse_bytes(options.device_memory)
+    config, ranks, console = _load(options), options.world_size, Console()
+    show_plan(plan(config, ranks), config, ranks, device_memory, console)
+    show_alternatives(alternatives(config, ranks), device_memory, console)
+    if config.data.allow_commands:
+        print("data: not opened (data.allow_commands: shards would be fetched)")
+        return
+    try:
+        lines = describe_data(config, ranks)
+    except ConfigError as error:  # a plan may be older than its data; validate is where this is an error
+        lines = [f"data: not planned: {problem}" for problem in error.problems]
+    for line in lines:
+        print(line)
 
 
 def _interpolate(options: argparse.Namespace) -> None:

@@ -21,10 +21,11 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "config": {"errors"},
     **{room: BASE | {"config"} for room in ROOMS},
+    "planning": BASE | {"checkpoint", "config", "data", "method", "models", "reference", "sharding"},
     "projector": BASE | {"config", "method", "sharding", "reference"},
-    "training": BASE | {"config", "projector", *ROOMS},
+    "training": BASE | {"config", "planning", "projector", "version", *ROOMS},
     "demo": BASE | {"config", "projector", "training", *ROOMS},
-    "cli": BASE | {"config", "projector", "training", "demo", "version", *ROOMS},
+    "cli": BASE | {"config", "planning", "projector", "training", "demo", "version", *ROOMS},
     "__init__": BASE | {"projector", "version"},
     "__main__": {"cli"},
 }

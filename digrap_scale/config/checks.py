@@ -131,6 +131,14 @@ def _offload(offload: str, backend: str) -> Iterable[Problem]:
         )
 
 
+def _deepspeed_config(file: str | None, backend: str) -> Iterable[Problem]:
+    if file is not None and not backend.startswith("zero"):
+        yield (
+            ("sharding", "deepspeed_config"),
+            f"expected nothing with sharding.backend `{backend}`, found {file}; it is for zero1, zero2 and zero3",
+        )
+
+
 def _zero(zero: Mapping[str, Any] | None, backend: str) -> Iterable[Problem]:
     if zero is None:
         return
@@ -324,6 +332,7 @@ CHECKS = (
     Check(("sharding.mixed_precision", "sharding.backend"), _float16),
     Check(("sharding.offload", "sharding.backend"), _offload),
     Check(("sharding.zero", "sharding.backend"), _zero),
+    Check(("sharding.deepspeed_config", "sharding.backend"), _deepspeed_config),
     Check(("data.target", "model.task", "data.classes"), _target),
     Check(("data.train", "data.sources", "data.order", "data.remainder"), _sources),
     Check(("data.remainder", "data.target"), _padded),

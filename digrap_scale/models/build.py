@@ -146,12 +146,13 @@ def _family(folder: Path, model_config: PreTrainedConfig, settings: ModelConfig)
     return build_family(model_config, load_processor(folder, model_config, settings.trust_remote_code), folder)
 
 
-def resolve_folder(settings: ModelConfig, weights: bool = True) -> Path:
+def resolve_folder(settings: ModelConfig, weights: bool = True, only_config: bool = False) -> Path:
     """The local folder of ``model.path``; a hub id is downloaded (or taken from the cache) without any pickled file.
 
     Args:
         settings: the model's section.
         weights: whether a download takes the safetensors too.
+        only_config: a download takes ``config.json`` alone (and code, if it is trusted).
 
     Raises:
         ConfigError: neither a folder with a ``config.json`` nor a hub id that can be had.
@@ -163,7 +164,8 @@ def resolve_folder(settings: ModelConfig, weights: bool = True) -> Path:
         if not (path / "config.json").is_file():
             raise ConfigError(f"model.path: {settings.path} has no config.json; expected Hugging Face layout")
         return path
-    files = _SMALL_FILES + ["*.safetensors"] * weights + ["*.py"] * settings.trust_remote_code
+    small = ["config.json"] if only_config else _SMALL_FILES + ["*.safetensors"] * weights
+    files = small + ["*.py"] * settings.trust_remote_code
     try:
         return Path(snapshot_download(settings.path, allow_patterns=files))
     except (OSError, ValueError, HFValidationError) as error:
@@ -364,12 +366,27 @@ def check_model(config: Config, num_classes: int | None = None) -> list[str]:
 
 def describe_model(config: Config, num_classes: int | None = None) -> list[str]:
     """What the regexes of a config without problems (``check_model``) match, a line each; loads no weights."""
-    settings = config.model
-    with torch.device("meta"):
-        base = meta_model(_read_config(resolve_folder(settings), settings, num_classes), settings)
-        model: nn.Module = base if settings.lora is None else add_lora(base, settings.lora)
-    lines = apply_freezing(model, settings) + _freeze_body(model, config)
+    model, lines = outline(config, resolve_folder(config.model), num_classes)
     return lines + describe_groups(build_groups(model, config.optimizer))
+
+
+def outline(config: Config, folder: Path, num_classes: int | None = None) -> tuple[nn.Module, list[str]]:
+    """The model of ``folder``'s config.json on the meta device, adapters added and parameters frozen as a run's; and lines
+    that tell what the regexes matched. Which parameters start new shows in the checkpoint alone.
+
+    Raises:
+        ConfigError: as ``build_model``'s.
+    """
+    settings = config.model
+    try:
+        with torch.device("meta"):
+            base = meta_model(_read_config(folder, settings, num_classes), settings)
+            model: nn.Module = base if settings.lora is None else add_lora(base, settings.lora)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.path: {settings.path}: no model can be built from its config.json: {_one_line(error)}"
+        ) from error
+    return model, apply_freezing(model, settings) + _freeze_body(model, config)
 
 
 def _freeze_body(model: nn.Module, config: Config) -> list[str]:

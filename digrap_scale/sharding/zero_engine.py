@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from digrap_scale.config.schema import ZeroConfig
 from digrap_scale.errors import ConfigError, NonFiniteError
 from digrap_scale.sharding.base import Backend, unwrapped_name
 from digrap_scale.sharding.ddp import DDPBackend
+from digrap_scale.sharding.deepspeed_json import merged, zero_sizes
 from digrap_scale.sharding.engine import Engine, MakeOptimizer
 from digrap_scale.sharding.materialize import OneAtATime, fill_, materialize, read_whole
 from digrap_scale.sharding.zero import check_engine
@@ -128,9 +128,9 @@ class ZeroEngine(Engine):
             buffer.data = buffer.data.to(self.device)
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed config that this run's config amounts to."""
+        """The DeepSpeed config that this run's config amounts to, with what the user's own file adds."""
         sharding = self.config.sharding
-        sizes = sharding.zero or ZeroConfig()
+        sizes = zero_sizes(self.config)
         zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": sizes.reduce_bucket_elements}
         if self._stage == 3:
             zero["sub_group_size"] = sizes.sub_group_elements
@@ -152,7 +152,7 @@ class ZeroEngine(Engine):
             config["bf16" if self._dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
             # Gradients are summed over ranks in float32: half precision's sums lose what many ranks add.
             config["communication_data_type"] = "fp32"
-        return config
+        return merged(self.config, config)
 
     @property
     def attached_to(self) -> tuple[Any, Optimizer | None]:

@@ -114,6 +114,12 @@ def describe_data(config: Config, world_size: int) -> list[str]:
     what = {"drop": "left out", "pad": "in a smaller step", "repeat": "in a step filled up"}[data.remainder]
     rest = f", {left} samples of it {what}" if left and not data.sources else ""
     lines.append(f"data: {steps} steps an epoch of {training.global_batch_samples} samples{rest}")
+    readers, shards = world_size * max(1, data.workers), len(counts)
+    if data.order == "local" and readers > shards:
+        lines.append(
+            f"data: {readers} loaders ({world_size} ranks × {max(1, data.workers)}) share {shards} shards: several read the same "
+            f"file at a time; {readers} shards or more would give each its own"
+        )
     return lines + describe_shares(worker_shares(counts, split, data.workers, config.run.seed))
 
 

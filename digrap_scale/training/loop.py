@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -15,11 +16,22 @@ from digrap_scale.errors import NonFiniteError
 from digrap_scale.projector import Projector
 from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.batches import data_counters, forwards
-from digrap_scale.training.keep import Keeper
+from digrap_scale.training.faults import Nobody
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.schedule import LearningRate
 from digrap_scale.training.setup import Place
 from digrap_scale.types import Batch
+
+
+class BetweenSteps(Protocol):
+    """Who is told of steps: a ``Keeper``, or the stop-watch of a dry run."""
+
+    @property
+    def watch(self) -> Nobody:
+        """Is told what this rank does."""
+
+    def after_step(self, step: int) -> None:
+        """Called after every step; what it raises ends the loop."""
 
 
 def train_steps(
@@ -31,7 +43,7 @@ def train_steps(
     config: Config,
     place: Place,
     total_steps: int,
-    keeper: Keeper,
+    keeper: BetweenSteps,
     start_step: int = 0,
 ) -> None:
     """Take optimizer steps up to ``total_steps``; ``batches`` never ends and yields micro-batches of this rank.

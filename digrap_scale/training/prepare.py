@@ -21,6 +21,7 @@ from digrap_scale.training.validate import find_problems
 # What a run may change and still be the run that it was: where and how it computes, what it shows.
 _FREE = (
     "run.overwrite",
+    "run.deterministic",
     "checkpoint.",
     "logging.",
     "evaluation.",

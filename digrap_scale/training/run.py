@@ -21,6 +21,7 @@ from digrap_scale.training.batches import (
     training_patterns,
 )
 from digrap_scale.training.build_run import attach_projector, build_run
+from digrap_scale.training.environment import note_environment
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.faults import Nobody, StopRequest, Watch
 from digrap_scale.training.final import save_final
@@ -28,7 +29,7 @@ from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
-from digrap_scale.training.setup import Place, collective_timeout_s, peer_errors, place, shared_store
+from digrap_scale.training.setup import Place, choose_operators, collective_timeout_s, peer_errors, place, shared_store
 from digrap_scale.training.wise_ft import check_interpolation, interpolated_rows
 
 
@@ -39,6 +40,7 @@ def train(config: Config) -> None:
         ConfigError, CheckpointError, SaveError, PeerError, NonFiniteError: see each; the message is for the user.
     """
     stop, watches = StopRequest(), ExitStack()
+    choose_operators(config)
     with stop.listening(), watches, place(config) as here:
         _train(config, here, stop, watches)
 
@@ -47,6 +49,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
     folder = Path(config.run.folder)
     ranks = Ranks.of_job(collective_timeout_s(config))
     start = ranks.on_first(lambda: prepare_folder(folder, config))
+    ranks.on_first(lambda: note_environment(folder, config, here.world_size))
     checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
     data = open_training_data(config)
     here.same("training shards: samples of each", [source.shards.counts for source in data])

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import Config
@@ -92,7 +93,7 @@ def place(config: Config) -> Iterator[Place]:
 
     Raises:
         ConfigError: several processes for ``sharding.backend: single``.
-        PeerError: a collective failed because another process is gone or hangs.
+        PeerError: the processes did not meet, or a collective failed because another one is gone or hangs.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), launched_rank()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -109,10 +110,11 @@ def place(config: Config) -> Iterator[Place]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     device = _device(local_rank)
     timeout = timedelta(seconds=collective_timeout_s(config))
-    if backend.startswith("zero"):
-        _init_deepspeed(backend, device, timeout)
-    else:
-        dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
+    with peer_errors(_could_not_meet):
+        if backend.startswith("zero"):
+            _init_deepspeed(backend, device, timeout)
+        else:
+            dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
     try:
         with peer_errors():
             yield Place(rank, world_size, device)
@@ -127,22 +129,87 @@ def place(config: Config) -> Iterator[Place]:
 
 
 @contextmanager
+def imagined_place(config: Config, world_size: int) -> Iterator[Place]:
+    """Rank 0 of a job of ``world_size`` that has no other ranks: collectives return at once, with this rank's own numbers in
+    place of the others'. Shards, buffers and shapes are those of such a job; what is computed means nothing.
+
+    Raises:
+        ConfigError: several processes for ``sharding.backend: single``, or this process is one of a real job.
+    """
+    # Importing it registers torch's "fake" backend. The module is torch's own testing code and not public, but it is what
+    # torchtitan's and torch's dry runs are made of, and nothing public takes its place; tests/training/test_dry_run.py
+    # fails if it goes.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    backend = config.sharding.backend
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError("--world-size: a launcher has started this job's processes already; leave the option out")
+    if backend == "single":
+        raise ConfigError(
+            f"sharding.backend: single runs one process, found --world-size {world_size}; set fsdp2, zero1, zero2, zero3 or ddp"
+        )
+    device = _device(0)
+    settings = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        if backend.startswith("zero"):
+            _init_deepspeed(backend, device, timedelta(seconds=collective_timeout_s(config)))
+        yield Place(0, world_size, device)
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def imagine_reduction(model: object) -> None:
+    """DDP takes the imagined group's empty results for an error of a hook's; its buckets stay as they are instead."""
+    if not isinstance(model, DistributedDataParallel):
+        return
+
+    def as_it_is(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.register_comm_hook(
+        None, lambda _, bucket: as_it_is(bucket)
+    )  # it compares annotations with types, not with text
+
+
+@contextmanager
 def peer_errors(diagnosis: Callable[[], str] = lambda: "another process failed or hangs") -> Iterator[None]:
     """Turn the RuntimeErrors of a collective that another process left into PeerError; ``diagnosis`` says which."""
     try:
         yield
-    except RuntimeError as error:  # gloo raises plain ones; NCCL DistBackendError, a subclass
-        if isinstance(error, dist.DistBackendError) or any(word in str(error) for word in _PEER_WORDS):
+    except RuntimeError as error:  # gloo raises plain ones; NCCL and the store DistError, a subclass
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in _PEER_WORDS):
             raise PeerError(f"{diagnosis()} ({brief(error)})") from error
         raise
 
 
+def _could_not_meet() -> str:
+    line = f"not all of {os.environ['WORLD_SIZE']} processes met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not os.environ.get(_OWN_STORE):
+        # torchrun keeps one store for all its restarts, with the addresses of processes that are gone.
+        line += f"; torchrun restarted them: set {_OWN_STORE}=1 beside --max-restarts"
+    return line
+
+
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _PEER_WORDS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "Timed out waiting",
     "Broken pipe",
+    "timed out connecting",
 )
 
 
@@ -191,6 +258,16 @@ def _free_port() -> str:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return str(sock.getsockname()[1])
+
+
+def choose_operators(config: Config) -> None:
+    """``run.deterministic``: torch takes operators that give the same bits every time, or raises an error."""
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition; read at its first use
+        torch.backends.cudnn.benchmark = False
+        # Filling new memory with NaN is to find code that reads it; frameworks' buffers have padding that nobody reads.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def seed_everything(seed: int, rank: int) -> None:

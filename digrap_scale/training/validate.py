@@ -9,12 +9,20 @@ from digrap_scale.data.check import check_data
 from digrap_scale.data.classes import load_classes
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.build import check_model, describe_model
+from digrap_scale.planning.disk import disk_lines, disk_need
+from digrap_scale.planning.plan import check_ranks
+from digrap_scale.planning.weights import read_model
 from digrap_scale.reference.store import SafetensorsReader
-from digrap_scale.training.batches import describe_data
+from digrap_scale.sharding.deepspeed_json import json_problems
+from digrap_scale.training.batches import count_steps, describe_data, open_training_data
 
 
-def validate(config: Config) -> list[str]:
-    """Lines that tell what the config's regexes match, and what each loader process reads.
+def validate(config: Config, world_size: int | None = None) -> list[str]:
+    """Lines that tell what the config's regexes match, what each loader process reads, and what the run will write.
+
+    Args:
+        config: the run.
+        world_size: processes of the job; None: the launcher's, or 1.
 
     Raises:
         ConfigError: all problems that were found.
@@ -22,8 +30,17 @@ def validate(config: Config) -> list[str]:
     problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return describe_model(config, _num_classes(config)) + describe_data(config, world_size)
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_ranks(config, world_size)
+    num_classes = _num_classes(config)
+    lines = describe_model(config, num_classes) + describe_data(config, world_size)
+    samples = sum(source.shards.samples for source in open_training_data(config))
+    need = disk_need(read_model(config, num_classes), config, count_steps(config, samples))
+    line, problem = disk_lines(need, config)
+    if problem is not None:
+        raise ConfigError(problem)
+    return [*lines, line]
 
 
 def find_problems(config: Config) -> list[str]:
@@ -36,7 +53,7 @@ def find_problems(config: Config) -> list[str]:
         problems += [problem for problem in error.problems if problem not in problems]
     if config.evaluation.suite and config.data.classes is None and config.model.task != "vqa":
         problems.append("data.classes: expected a file, found none; evaluation.suite tells classes apart")
-    return problems + check_model(config, num_classes) + _check_reference(config)
+    return problems + check_model(config, num_classes) + _check_reference(config) + json_problems(config)
 
 
 def _check_reference(config: Config) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,12 @@ def launch(values: dict[str, Any], folder: Path, fault: dict[str, Any] | None = 
     file.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.5", "-m", "tests.distributed.faulty", "train"]
-    environment = {**os.environ, **({"FAULT": json.dumps(fault)} if fault is not None else {})}
+    environment = {
+        **os.environ,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # for restarts; launch/torchrun.sh does, too
+    if fault is not None:
+        environment["FAULT"] = json.dumps(fault)
     done = subprocess.run(
         [*command, str(file)], capture_output=True, text=True, env=environment, check=False, timeout=500
     )
@@ -130,6 +136,31 @@ def test_torchrun_picks_it_up(step: int, model: Path, tmp_path: Path, undisturbe
     assert ("resumed from step-4" in messages) == (step == 5)
     final = tensors_of(step_folder(tmp_path / "run", 6))
     assert all(torch.equal(final[key], value) for key, value in undisturbed.items())
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_meet(model: Path, tmp_path: Path) -> None:
+    """One of two comes; its last line says where it waited, and what torchrun needs after a restart."""
+    values = short(model, tmp_path, sharding={"reduce_timeout_s": 5})
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        [sys.executable, "-m", "digrap_scale", "train", str(file)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **place, "TORCHELASTIC_RESTART_COUNT": "1"},
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 5, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"not all of 2 processes met at 127.0.0.1:{port}; torchrun restarted them: set TORCH_DISABLE_"
+    )
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from digrap_scale.checkpoint.formats import buffers
 from digrap_scale.errors import CheckpointError
 
 PIECE_BYTES = 32 << 20
@@ -73,7 +74,9 @@ class LazyTensor:
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
         read = self.read
-        return replace(self, dtype=dtype, read=lambda start, stop: read(start, stop).to(dtype))
+        return replace(
+            self, dtype=dtype, read=lambda start, stop: buffers.empty(stop - start, dtype).copy_(read(start, stop))
+        )
 
 
 @dataclass
@@ -236,7 +239,7 @@ def boxed(
                 )
 
     def read(start: int, stop: int) -> torch.Tensor:
-        out = torch.empty(stop - start, dtype=dtype)
+        out = buffers.empty(stop - start, dtype)
         for box in full:
             for first, count, offset in _runs(box, space, dtype.itemsize, start, stop):
                 low, high = max(first, start), min(first + count, stop)

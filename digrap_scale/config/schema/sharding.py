@@ -55,4 +55,11 @@ class ShardingConfig(Section):
         description="Where masters and optimizer state live: `cpu` keeps them in host memory (fsdp2, zero1/2/3).",
     )
     zero: ZeroConfig | None = Field(default=None, description="DeepSpeed's sizes (zero1/2/3 only).")
+    deepspeed_config: Text | None = Field(
+        default=None,
+        description=(
+            "zero1/2/3: a DeepSpeed JSON whose settings are used, too; what contradicts this config is an error "
+            "(docs/plan.md)."
+        ),
+    )
     reduce_timeout_s: PositiveInt = Field(default=1800, description="Time-out of a collective, in seconds.")
