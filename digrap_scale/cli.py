@@ -192,6 +192,7 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    import digrap_scale.models.towers  # noqa: F401  known to transformers from here on: the shipped models are made of them
     from digrap_scale.checkpoint.convert import convert
 
     folder = convert(
@@ -214,6 +215,7 @@ def _diff(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    import digrap_scale.models.towers  # noqa: F401  as for convert
     from digrap_scale.checkpoint.diff import diff, write_json
     from digrap_scale.checkpoint.diff_report import draw, show_table
 

@@ -11,6 +11,8 @@ import torch
 
 from digrap_scale.errors import CheckpointError
 
+_SHOWN_CHARACTERS = 300
+
 
 def loaded_names(model: Any, file_names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Model name → the file's name, by the renaming that transformers applies when it loads the file into ``model``
@@ -58,7 +60,8 @@ def names_by_config(folder: Path, file_names: Iterable[str]) -> tuple[dict[str, 
         with torch.device("meta"):
             model = architecture(config)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: no model can be described by it ({error})") from error
+        reason = " ".join(str(error).split())[:_SHOWN_CHARACTERS]  # transformers may list all models that it knows
+        raise CheckpointError(f"{folder / 'config.json'}: no model can be described by it ({reason})") from error
     names, converted = loaded_names(model, file_names)
     if converted:
         raise CheckpointError(

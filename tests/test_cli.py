@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from digrap_scale.checkpoint.convert import convert
 from digrap_scale.cli import main
+from digrap_scale.errors import CheckpointError
 from tests.models.tiny import save_vit  # a small random ViT in Hugging Face layout
 
 ASSETS = Path(__file__).parent.parent / "digrap_scale" / "demo" / "assets" / "pictograms"
@@ -274,3 +277,21 @@ def _webp() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(buffer, format="WEBP")
     return buffer.getvalue()
+
+
+def test_convert_knows_the_shipped_models_towers(tmp_path: Path) -> None:
+    """In a process of its own: other tests have made transformers know them."""
+    model = Path(__file__).parents[1] / "digrap_scale/demo/assets/pictogram_vlm"
+    command = [sys.executable, "-m", "digrap_scale", "convert", str(model), str(tmp_path / "out"), "--to", "dcp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"model_type": "?"},
+    }
+    shutil.copytree(model, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no model can be described by it") as refused:
+        convert(tmp_path / "other", tmp_path / "no", "dcp")
+    assert len(str(refused.value)) < 1000
