@@ -48,7 +48,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
     ranks = Ranks.of_job(collective_timeout_s(config))
     start = ranks.on_first(lambda: prepare_folder(folder, config))
     checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
-    data = open_training_data(config)
+    data = open_training_data(config, ranks.on_first)
     here.same("training shards: samples of each", [source.shards.counts for source in data])
     total_steps = count_steps(config, sum(source.shards.samples for source in data))
     start_step = 0 if checkpoint is None else checkpoint.step
@@ -60,6 +60,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
             tensorboard=config.logging.tensorboard,
             every_steps=config.logging.every_steps,
             strength_every_steps=config.logging.strength_every_steps,
+            layers_every_steps=config.logging.layers_every_steps,
             start_step=start_step,
         ) as log,
         watching(config, here, log, watches) as watch,
