@@ -66,7 +66,8 @@ def compare(path: str, *, dry_run: bool = False, console: Console | None = None)
     except OSError as error:
         raise SaveError(f"out: {out}: {error}") from error
     if comparison.failed:
-        raise TrialError(f"{len(comparison.failed)} trials failed; run the same command to try them again:\n" + "\n".join(comparison.failed))  # fmt: skip
+        lines = "\n".join(comparison.failed)
+        raise TrialError(f"{len(comparison.failed)} trials failed; run the same command to try them again:\n{lines}")
 
 
 class _Plan:
@@ -216,7 +217,8 @@ class _Plan:
         ]
         lines = [f"{trial.name}: {reason}" for trial, reason in failed.items()]
         if not any(row.name == self.grid.baseline for row in rows):
-            raise TrialError(f"no run of the baseline {self.grid.baseline} is done, so there is nothing to compare with:\n" + "\n".join(lines))  # fmt: skip
+            told = "\n".join(lines)
+            raise TrialError(f"no run of the baseline {self.grid.baseline} is done: nothing to compare with:\n{told}")
         notes = [*self.notes(), *(f"chosen: {line}" for line in settings)]
         grid = self.grid
         return Comparison(rows, grid.baseline, points, curve, notes, lines, grid.confidence, grid.bootstrap_samples)
