@@ -198,3 +198,9 @@ def test_two_comparisons_do_not_share_a_folder(
     with FileLock(tmp_path / "out" / ".lock"):
         assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 2
     assert "is in use by another comparison" in capsys.readouterr().err
+
+
+def test_the_choice_of_zero_shot_needs_no_seed_and_no_training(tmp_path: Path, made_up: Use) -> None:
+    runs = made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
+    assert [trial.verb for trial in runs.ran if trial.seed is None] == ["evaluate"]

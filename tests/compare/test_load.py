@@ -97,5 +97,7 @@ def test_a_trial_has_a_folder_of_its_own_for_each_config(tmp_path: Path) -> None
     assert one.folder == again.folder != other.folder and one.folder.name.startswith("all-digrap-seed1-")
     assert one.config.run.seed == 1 and one.config.run.folder == str(one.folder / "run")
     assert parse_config(dump_config(one.config)) == one.config
-    grid = load_grid(write_grid(tmp_path, grid_of(tmp_path, base={**grid.base, "training": {"steps": 3, "global_batch_samples": 4}})))  # type: ignore[dict-item]  # fmt: skip
-    assert TrialMaker(grid, "grid.yaml").train("all", "DiGraP", setting, 1).folder != one.folder
+    changed = grid_of(tmp_path)
+    changed["base"]["training"]["steps"] = 3
+    maker = TrialMaker(load_grid(write_grid(tmp_path, changed)), "grid.yaml")
+    assert maker.train("all", "DiGraP", setting, 1).folder != one.folder
