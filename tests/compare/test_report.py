@@ -22,28 +22,23 @@ PICTURES = {"id_ood", "sensitivity", "strength", "conflicts", "drift"}
 
 @pytest.fixture
 def report(tmp_path: Path, made_up: Use) -> Path:
-    def with_alphas(trial: Trial) -> Sequence[Sequence[int]]:
+    def of_three(trial: Trial) -> Sequence[Sequence[int]]:
+        if trial.method.startswith("a"):
+            return [[500, 400, 300, 200]]
         rows = [list(numbers(trial)[0])]
         return rows + [[100, 200, 400, 400], rows[0]] if trial.method == "FT" else rows
 
-    made_up(with_alphas, fails=lambda t: ("method.strength_lr", 0.01) in t.setting)
+    made_up(of_three, fails=lambda trial: ("method.strength_lr", 0.01) in trial.setting)
     grid = grid_of(tmp_path, wise_ft={"of": "FT", "alphas": [0.0, 1.0]})
     grid["methods"]["a <b> & c"] = {"method": {"name": "l2sp", "weight": 0.1}, "search": {"method.weight": [0.1, 1.0]}}
-
-    def both(trial: Trial) -> Sequence[Sequence[int]]:
-        return [[500, 400, 300, 200]] if trial.method.startswith("a") else with_alphas(trial)
-
-    made_up(both, fails=lambda t: ("method.strength_lr", 0.01) in t.setting)
     assert main(["compare", write_grid(tmp_path, grid)]) == 1
     return tmp_path / "out" / "report.html"
 
 
 def browser_path() -> str | None:
     """Chromium of the system; None: playwright's own, if it has been installed."""
-    found = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    return found
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
 @pytest.fixture
@@ -72,7 +67,8 @@ def test_a_browser_shows_all_of_it(report: Path, page: Any) -> None:
     assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()] and complaints == []
     rows = page.locator("table tbody tr")
     assert rows.locator("td:first-child").all_inner_texts() == ["zero-shot", "FT", "WiSE-FT", "DiGraP", "a <b> & c"]
-    assert page.locator("thead th").all_inner_texts() == ["method", "seeds", "test", "sketch", "photo", "near mean", "far mean", "OOD mean"]  # fmt: skip
+    heads = ["method", "seeds", "test", "sketch", "photo", "near mean", "far mean", "OOD mean"]
+    assert page.locator("thead th").all_inner_texts() == heads
     digrap = rows.nth(3)
     assert digrap.locator("strong").all_inner_texts()[0] == "53.5 ± 0.5" and digrap.is_visible()
     assert digrap.locator("td").nth(2).locator("small").inner_text() == "+2.0 [+2.0, +2.0]"
