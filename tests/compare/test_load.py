@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from digrap_scale.compare.load import load_grid
 from digrap_scale.compare.run import compare
 from digrap_scale.config import parse_config
 from digrap_scale.config.load import dump_config
+from digrap_scale.data.check import check_data
 from digrap_scale.errors import ConfigError
 from tests.compare.grids import grid_of, write_grid
 
@@ -101,3 +103,22 @@ def test_a_trial_has_a_folder_of_its_own_for_each_config(tmp_path: Path) -> None
     changed["base"]["training"]["steps"] = 3
     maker = TrialMaker(load_grid(write_grid(tmp_path, changed)), "grid.yaml")
     assert maker.train("all", "DiGraP", setting, 1).folder != one.folder
+
+
+def test_the_shipped_comparison_is_valid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its shards are there, and each method has the same budget."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    compare("configs/compare/pictograms.yaml", dry_run=True)
+    assert "budget: at most 10 settings" in capsys.readouterr().out
+    grid = load_grid("configs/compare/pictograms.yaml")
+    trial = TrialMaker(grid, "pictograms.yaml").train("noto", "SPD", spaces(grid)["SPD"].settings[0], 0)
+    assert check_data(trial.config) == []
+
+
+def test_the_documents_example_is_read(tmp_path: Path) -> None:
+    (example, _) = re.findall(
+        r"```yaml\n(.*?)```", (Path(__file__).parents[2] / "docs" / "compare.md").read_text(), re.S
+    )
+    (tmp_path / "grid.yaml").write_text(example.replace("[...]", "[]"))
+    assert set(load_grid(str(tmp_path / "grid.yaml")).methods) == {"FT", "DiGraP", "LoRA"}
