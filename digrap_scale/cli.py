@@ -109,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--rows", type=int, help="print this many only, largest relative drift first")
     diff.add_argument("--json", metavar="FILE", help="write the numbers, too")
     diff.add_argument("--picture", metavar="FILE", help="draw them, too (.png, .pdf, .svg)")
+    compare = verb("compare", _compare, "run what is missing of a grid of methods, settings and seeds, and compare")
+    compare.add_argument("grid", help="YAML file of the comparison (docs/compare.md)")
+    compare.add_argument("--dry-run", action="store_true", help="print search space, budget and missing trials only")
     demo = verb("demo", _demo, "fine-tune a shipped model on pictograms and compare the methods")
     demo.add_argument(
         "--task", choices=("contrastive", "vqa"), default="contrastive",
@@ -225,6 +228,12 @@ def _diff(options: argparse.Namespace) -> None:
         write_json(Path(options.json), drifts)
     if options.picture:
         draw(Path(options.picture), drifts, f"{options.a} → {options.b}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from digrap_scale.compare.run import compare
+
+    compare(options.grid, dry_run=options.dry_run)
 
 
 def _demo(options: argparse.Namespace) -> None:

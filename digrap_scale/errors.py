@@ -65,6 +65,12 @@ class NonFiniteError(DigrapError):
     exit_code = 1
 
 
+class TrialError(DigrapError):
+    """Some trials of a comparison failed; the others are in its report (exit 1)."""
+
+    exit_code = 1
+
+
 def brief(error: BaseException) -> str:
     """A library's error in one short line: gloo puts its own source file first, and advice and a C++ trace after."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

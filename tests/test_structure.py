@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "projector": BASE | {"config", "method", "sharding", "reference"},
     "training": BASE | {"config", "planning", "projector", "version", *ROOMS},
     "demo": BASE | {"config", "projector", "training", *ROOMS},
-    "cli": BASE | {"config", "planning", "projector", "training", "demo", "version", *ROOMS},
+    "compare": BASE | {"config", "training", "demo", "version", "data", "evaluation", "checkpoint"},
+    "cli": BASE | {"config", "planning", "projector", "training", "demo", "compare", "version", *ROOMS},
     "__init__": BASE | {"projector", "version"},
     "__main__": {"cli"},
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from .data_checks import DATA_CHECKS
 from .method_checks import METHOD_CHECKS
 from .rules import Check, Path, Problem
 
@@ -354,6 +355,7 @@ CHECKS = (
     Check(("evaluation.suite",), _suite_names),
     Check(("evaluation.suite_file",), _suite_file),
     Check(("evaluation.shift_degree", "evaluation.suite", "data.target"), _shift_degree),
+    *DATA_CHECKS,
     *METHOD_CHECKS,
 )
 

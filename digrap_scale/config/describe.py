@@ -53,14 +53,15 @@ def variants(annotation: Any) -> dict[str, type[Section]]:
     return {get_args(member.model_fields["name"].annotation)[0]: member for member in found}
 
 
-def type_at(path: Path, data: Any) -> Typed | None:
+def type_at(path: Path, data: Any, root: type[Section] = Config) -> Typed | None:
     """The type that the schema has for ``path``, None if it has none.
 
     Args:
         path: keys and list indices from the root.
         data: the raw config; its ``name`` picks the variant of a union.
+        root: the section that the path starts from.
     """
-    current: Typed = (Config, ())
+    current: Typed = (root, ())
     for part in path:
         step = _step(current, part, data)
         if step is None:
@@ -162,6 +163,8 @@ def _describe_one(annotation: Any, metadata: Iterable[Any], plural: bool) -> str
         return f"a list of {len(arguments)} {describe(arguments[0], plural=True)}"
     if origin is dict:
         return f"a mapping of {describe(arguments[0], plural=True)} to {describe(arguments[1], plural=True)}"
+    if kind is Any:
+        return "values" if plural else "a value"
     if kind is bool:
         return "`true` or `false`"
     if kind is str:

@@ -197,6 +197,7 @@ class ShardSet:
         offsets: of each, as far as they are known without walking through it; see ``ShardScan.offsets``.
         skipped: what was found broken and is not counted, a line each.
         skip: whether broken parts are left out.
+        selection: what was chosen of the files' samples, in words; empty: all of them.
     """
 
     paths: tuple[Path, ...]
@@ -204,6 +205,7 @@ class ShardSet:
     offsets: tuple[Offsets | None, ...]
     skipped: tuple[str, ...] = ()
     skip: bool = False
+    selection: str = ""
 
     @property
     def samples(self) -> int:

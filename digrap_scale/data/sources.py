@@ -81,9 +81,11 @@ class Sources:
 
     def fingerprint(self) -> str:
         """Tells whether a saved place means the same samples: names, files (without folders), counts, weights."""
-        content = [
+        content: list[list[object]] = [
             [s.name, s.weight, [path.name for path in s.shards.paths], list(s.shards.counts)] for s in self.sources
         ]
+        for entry, source in zip(content, self.sources, strict=True):
+            entry += [source.shards.selection] if source.shards.selection else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def locate(self, cursor: Cursor, places: np.ndarray) -> list[Located]:

@@ -29,6 +29,7 @@ TEXT_EXTENSIONS = ("json", "txt", "cls")
 EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
 MAX_SAMPLE_BYTES = 256 * 2**20
 MAX_OPEN_SHARDS = 64
+HEADER_BYTES = tarfile.BLOCKSIZE
 OFFSET_COLUMNS = ("start", "bytes", "text_bytes")
 # One image, or several that are numbered: KEY.webp; KEY.0.webp, KEY.1.webp.
 IMAGE_MEMBER = re.compile(rf"(?:(0|[1-9][0-9]{{0,3}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
@@ -207,12 +208,21 @@ def _members(data: bytes) -> list[tuple[str, bytes]]:
         if size is None:
             return _members_by_tarfile(data)
         at += tarfile.BLOCKSIZE
-        name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        name = _name_of(header)
         found.append((name, data[at : at + size]))
         if len(found[-1][1]) != size:
             raise tarfile.TarError(f"member {name!r} is cut off")
         at += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return found
+
+
+def plain_name(header: bytes) -> str | None:
+    """The name in a header of ``HEADER_BYTES``; None where it is not plain, see ``_plain_size``."""
+    return None if _plain_size(header) is None else _name_of(header)
+
+
+def _name_of(header: bytes) -> str:
+    return header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _plain_size(header: bytes) -> int | None:

@@ -78,12 +78,12 @@ def bars(names: Sequence[str], columns: Sequence[BarColumn]) -> bytes:
         axes.axvline(
             (centres[first_mean - 1] + centres[first_mean]) / 2, color="#bbbbbb", linewidth=0.9, linestyle=(0, (4, 3))
         )
-    _clean(axes, grid="y")
+    clean(axes, grid="y")
     axes.tick_params(axis="x", length=0)
     figure.legend(
         loc="outside upper left", ncols=min(len(names), 6), frameon=False, handlelength=1.1, columnspacing=1.4
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _bar_label(column: BarColumn, gap: str) -> str:
@@ -107,9 +107,9 @@ def scatter(names: Sequence[str], points: Sequence[tuple[tuple[float, float], tu
         )  # fmt: skip
     axes.set_xlabel("ID accuracy (%)")
     axes.set_ylabel("OOD mean accuracy (%)")
-    _clean(axes, grid="both")
+    clean(axes, grid="both")
     figure.legend(loc="outside right upper", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def shift_panels(parts: Sequence[str], methods: Sequence[ShiftPoints]) -> bytes:
         axes.margins(x=0.16, y=0.12)
         axes.set_title(part, fontsize=10, color=INK)
         axes.set_xlabel("Mahalanobis distance")
-        _clean(axes, grid="both")
+        clean(axes, grid="both")
     panels[0].set_ylabel("accuracy (%)")
     shifts = dict.fromkeys(shift for method in methods for _, shift, _, _ in method.sets)
     marks = [
@@ -161,7 +161,7 @@ def shift_panels(parts: Sequence[str], methods: Sequence[ShiftPoints]) -> bytes:
             for i, method in enumerate(methods)
         ]
     figure.legend(handles=marks, loc="outside upper left", ncols=6, frameon=False, columnspacing=1.4)
-    return _png(figure)
+    return png(figure)
 
 
 def strength_maps(histories: Mapping[str, StrengthHistory]) -> bytes:
@@ -194,7 +194,7 @@ def strength_maps(histories: Mapping[str, StrengthHistory]) -> bytes:
             if len(groups) <= 40:
                 axes.axhline(start, color="white", linewidth=0.4, alpha=0.6)
         if i == 0 or not shared:
-            _label_groups(axes, groups, layers)
+            label_groups(axes, groups, layers)
         else:
             axes.tick_params(axis="y", left=False)
         axes.spines[:].set_visible(False)
@@ -202,7 +202,7 @@ def strength_maps(histories: Mapping[str, StrengthHistory]) -> bytes:
         bar = figure.colorbar(mesh, ax=list(panels), fraction=0.05, pad=0.02, aspect=28)
         bar.set_label("strength ω")
         bar.outline.set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def layer_groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -227,7 +227,7 @@ def layer_groups(names: Sequence[str]) -> list[tuple[str, int, int]]:
     return [(".".join(parts[common:]), start, stop) for parts, (_, start, stop) in zip(split, groups, strict=True)]
 
 
-def _label_groups(axes: Axes, groups: Sequence[tuple[str, int, int]], layers: int) -> None:
+def label_groups(axes: Axes, groups: Sequence[tuple[str, int, int]], layers: int) -> None:
     """A tick in the middle of each block, with as many labels as fit without touching."""
     gap = layers / _MAX_TICKS
     ticks: list[float] = []
@@ -258,7 +258,7 @@ def _edges(steps: Sequence[int]) -> np.ndarray:
     return np.concatenate([[middle[0] - (inner[0] - middle[0])], inner, [middle[-1] + (middle[-1] - inner[-1])]])
 
 
-def _clean(axes: Axes, grid: str) -> None:
+def clean(axes: Axes, grid: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.grid(axis=grid, color="#e4e4e4", linewidth=0.8)  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ def _clean(axes: Axes, grid: str) -> None:
     axes.tick_params(colors=INK)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     memory = io.BytesIO()
     # no software name or date inside: the same results give the same bytes
     figure.savefig(memory, format="png", dpi=160, facecolor="white", metadata={"Software": None})

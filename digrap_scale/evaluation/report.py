@@ -184,11 +184,28 @@ def markdown(rows: Sequence[ReportRow], notes: Sequence[str], pictures: Sequence
 
 def _own_notes(rows: Sequence[ReportRow]) -> list[str]:
     """What the results have to say, by row where there are several."""
-    return [f"{row.name}: {note}" if len(rows) > 1 else note for row in rows for note in row.result.notes]
+    return [
+        f"{row.name}: {note}" if len(rows) > 1 else note
+        for row in rows
+        for note in [*_validation_notes(row.result), *row.result.notes]
+    ]
+
+
+def _validation_notes(result: SuiteResult) -> list[str]:
+    """What was withheld from training is to select by: it has a line below the table, not a column in it."""
+    return [
+        f"withheld from training, to select by: {_cell(one.accuracy, one.standard_error)} on {one.samples} samples"
+        for one in result.sets.values()
+        if one.shift == "validation"
+    ]
 
 
 def _samples(rows: Sequence[ReportRow]) -> str:
-    sizes = {name: sorted({row.result.sets[name].samples for row in rows}) for name in rows[0].result.sets}
+    sizes = {
+        name: sorted({row.result.sets[name].samples for row in rows})
+        for name, one in rows[0].result.sets.items()
+        if one.shift != "validation"
+    }
     if len({tuple(size) for size in sizes.values()}) == 1:
         return f"{'–'.join(str(size) for size in next(iter(sizes.values())))} in each test set"
     return ", ".join(f"{name} {'–'.join(str(size) for size in size_list)}" for name, size_list in sizes.items())
@@ -278,7 +295,7 @@ def _points(rows: Sequence[ReportRow]) -> list[tuple[tuple[float, float], tuple[
 
 
 def _shift_points(row: ReportRow) -> plots.ShiftPoints:
-    sets = row.result.sets.items()
+    sets = [(name, one) for name, one in row.result.sets.items() if one.shift != "validation"]
     return plots.ShiftPoints(row.name, [(name, one.shift, one.shift_degree, one.accuracy) for name, one in sets])
 
 

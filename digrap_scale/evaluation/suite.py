@@ -17,8 +17,9 @@ from digrap_scale.evaluation.generated import Gather, Generate, GeneratingTask, 
 from digrap_scale.evaluation.shift import ShiftDegrees, pearson, spearman
 from digrap_scale.types import Batch
 
-Shift = Literal["id", "near", "far"]
-SHIFTS: tuple[Shift, ...] = ("id", "near", "far")
+# ``validation`` is no result: it is what hyper-parameters are selected by, see ``data.hold_out``.
+Shift = Literal["id", "near", "far", "validation"]
+SHIFTS: tuple[Shift, ...] = ("id", "near", "far", "validation")
 Modality = Literal["none", "vision", "question", "answer", "multimodal", "adversarial", "other"]
 
 

@@ -21,6 +21,7 @@ from digrap_scale.method import statistics as S
 from digrap_scale.method.adam import adam_
 from digrap_scale.method.base import Method, RowMethod
 from digrap_scale.projector.early import EarlyStatistics
+from digrap_scale.projector.layers import LayerCounts
 from digrap_scale.projector.report import StepReport
 from digrap_scale.reference.placement import Piece, ReferenceShards
 from digrap_scale.sharding.adam import begin_adam_step
@@ -64,7 +65,10 @@ class Projector:
         self._resting: list[bool] = []
         self._unstepped = 0
         self._projected: list[bool] = projected_L.tolist()
-        method.prepare(projected_L, [spec.name for spec in backend.specs])
+        names = [spec.name for spec in backend.specs]
+        method.prepare(projected_L, names)
+        # Where ``previous`` holds no weights, the statistics hold no inner product with the displacement.
+        self.layers = LayerCounts(names, projected_L & (not method.keeps_directions))
         self._early = EarlyStatistics(backend, self._measure) if early else None
         attached.update(backend.hooked)
         self._handles = [optimizer.register_step_pre_hook(closure_first) for optimizer in backend.hooked]
@@ -96,6 +100,7 @@ class Projector:
             if not self._idle:
                 self._clip = self._inspect(stats_LK)
                 if not self.report.skipped:
+                    self.layers.note(stats_LK)
                     method.update(_clipped(stats_LK, self._clip), lr_L)
                     self._summarize()
         handed = list(backend.stepping())

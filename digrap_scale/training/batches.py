@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from digrap_scale.config import Config
 from digrap_scale.data.fetch import open_shards
+from digrap_scale.data.hold_out import held_rows, join, split
 from digrap_scale.data.loader import TrainingLoader, build_training_loader
 from digrap_scale.data.plan import describe_shares, worker_shares
+from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.sources import Source
 from digrap_scale.data.splitting import Split
 from digrap_scale.data.tasks.base import Task
@@ -19,18 +24,38 @@ from digrap_scale.sharding.engine import Engine, portions
 from digrap_scale.training.setup import Place
 from digrap_scale.types import Batch
 
+Once = Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]]
 
-def open_training_data(config: Config) -> list[Source]:
-    """``data.train`` as one source, or ``data.sources``.
+
+def open_training_data(config: Config, once: Once = lambda action: action()) -> list[Source]:
+    """``data.train`` as one source, or ``data.sources``; without what ``data.hold_out`` withholds.
+
+    Args:
+        once: does what need not be done on every rank, and gives the result on all; by default on this one.
 
     Raises:
-        ConfigError: see ``open_shards``.
+        ConfigError: see ``open_shards`` and ``held_rows``.
     """
+    return [source for source, _ in _training_data(config, once)]
+
+
+def open_validation(config: Config, once: Once = lambda action: action()) -> ShardSet:
+    """What ``data.hold_out``, which must be set, withholds of all sources. Raises: ConfigError: as above."""
+    return join([held for _, held in _training_data(config, once) if held is not None])
+
+
+def _training_data(config: Config, once: Once) -> list[tuple[Source, ShardSet | None]]:
     data = config.data
     skip = data.on_bad_sample == "skip"
-    if data.train:
-        return [Source("train", open_shards(data.train, data, skip=skip))]
-    return [Source(s.name, open_shards(s.shards, data, skip=skip), s.weight) for s in data.sources]
+    listed = [("train", data.train, 1.0)] if data.train else [(s.name, s.shards, s.weight) for s in data.sources]
+    found: list[tuple[Source, ShardSet | None]] = []
+    for name, patterns, weight in listed:
+        shards, held = open_shards(patterns, data, skip=skip), None
+        if data.hold_out is not None:
+            rows = once(partial(held_rows, shards, data.hold_out))
+            shards, held = split(shards, rows, data.hold_out)
+        found.append((Source(name, shards, weight), held))
+    return found
 
 
 def training_patterns(config: Config) -> list[str]:

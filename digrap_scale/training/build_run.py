@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from digrap_scale.config import Config
+from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.data.tasks.build import build_task, required_classes
 from digrap_scale.method.build import from_config
@@ -36,6 +37,7 @@ class BuiltRun:
     model_class: type[nn.Module]
     base_class: type[nn.Module]  # without adapters
     task: Task | None
+    validation: ShardSet | None = None  # what data.hold_out withholds, once somebody has asked for it
 
 
 def build_run(config: Config, here: Place, adapter: Path | None = None) -> BuiltRun:
@@ -89,6 +91,10 @@ def attach_projector(run: BuiltRun, config: Config) -> Projector:
     model, optimizer = run.engine.attached_to
     source = config.reference.source
     method = from_config(config.method, run.built.head)
+    if config.logging.layers_every_steps is not None:
+        method.uses_reference = (
+            True  # to measure how far layers are from it, also for a method that does not look at it
+        )
     reference: str | Path | None = run.built.checkpoint_folder if source == "pretrained" else source
     if config.model.lora is not None and source == "pretrained" and not config.model.lora.modules_to_save:
         reference = None  # adapters only: their reference is zero, the base's is not needed

@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from digrap_scale.config import Config
+from digrap_scale.config.data_checks import VALIDATION
 from digrap_scale.data.fetch import open_shards
+from digrap_scale.data.hold_out import join
 from digrap_scale.data.loader import build_evaluation_loader
 from digrap_scale.data.shards import ShardSet
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.shift import ShiftDegrees, measure_shift
-from digrap_scale.evaluation.suite import SuiteResult, evaluate_suite, evaluation_mode
+from digrap_scale.evaluation.suite import Shift, SuiteResult, evaluate_suite, evaluation_mode
 from digrap_scale.models.embeddings import build_embed
 from digrap_scale.sharding.engine import Engine
-from digrap_scale.training.batches import training_patterns
+from digrap_scale.training.batches import open_training_data, open_validation, training_patterns
 from digrap_scale.training.build_run import BuiltRun, build_run
 from digrap_scale.training.loop import prepared
 from digrap_scale.training.prepare import refuse
@@ -52,13 +54,18 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
 
 
 def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
-    """Every test set of the suite with the run's weights as they are; the result on every rank. Collective."""
+    """Every test set of the suite, and what ``data.hold_out`` withholds (as ``validation``), with the run's weights as they
+    are; the result on every rank. Collective."""
     assert run.task is not None, "the schema asks for data.classes where there is a suite"
     loaders = {
         entry.name: _loader(run, config, here, open_shards(entry.shards, config.data))
         for entry in config.evaluation.suite
     }
-    shifts = {entry.name: entry.shift for entry in config.evaluation.suite}
+    shifts: dict[str, Shift] = {entry.name: entry.shift for entry in config.evaluation.suite}
+    if config.data.hold_out is not None:
+        run.validation = run.validation or open_validation(config, here.on_rank_0)
+        loaders[VALIDATION] = _loader(run, config, here, run.validation)
+        shifts[VALIDATION] = "validation"
     with run.engine.inference():
         result = evaluate_suite(
             run.engine.model,
@@ -72,22 +79,26 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
             gather=here.gather,
         )
         if config.evaluation.shift_degree is not None:
-            result = result.with_shift_degrees(_shift_degrees(run, config, here, loaders))
+            tested = {name: loader for name, loader in loaders.items() if shifts[name] != "validation"}
+            result = result.with_shift_degrees(_shift_degrees(run, config, here, tested))
     return result
 
 
 def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[str, Iterable[Batch]]) -> ShiftDegrees:
     """How far each test set is from the training set, with the run's weights as they are. Collective."""
-    training = _loader(run, config, here, _shift_shards(config))
+    training = _loader(run, config, here, _shift_shards(config, here))
     model = run.engine.model
     with evaluation_mode(model):
         embed = build_embed(config.model.task, run.engine.module)
         return measure_shift(model, embed, training, loaders, device=here.device, reduce_=here.sum_)
 
 
-def _shift_shards(config: Config) -> ShardSet:
+def _shift_shards(config: Config, here: Place) -> ShardSet:
     """The training shards that shifts are measured against: all, or enough of them, drawn by the run's seed."""
-    shards = open_shards(training_patterns(config), config.data)
+    if config.data.hold_out is None:
+        shards = open_shards(training_patterns(config), config.data)
+    else:
+        shards = join([source.shards for source in open_training_data(config, here.on_rank_0)])
     assert config.evaluation.shift_degree is not None
     wanted = config.evaluation.shift_degree.train_samples
     if wanted is None or wanted >= shards.samples:
@@ -96,7 +107,13 @@ def _shift_shards(config: Config) -> ShardSet:
     random.Random(f"digrap-shift/{config.run.seed}").shuffle(order)
     sums = itertools.accumulate(shards.counts[i] for i in order)
     enough = next(number for number, total in enumerate(sums, start=1) if total >= wanted)
-    return ShardSet.open([str(shards.paths[i]) for i in sorted(order[:enough])])
+    chosen = sorted(order[:enough])
+    return replace(
+        shards,
+        paths=tuple(shards.paths[i] for i in chosen),
+        counts=tuple(shards.counts[i] for i in chosen),
+        offsets=tuple(shards.offsets[i] for i in chosen),
+    )
 
 
 def _loader(run: BuiltRun, config: Config, here: Place, shards: ShardSet) -> _Prepared:

@@ -24,7 +24,9 @@ from rich.progress import (
 
 from digrap_scale.checkpoint.atomic import save_error, write_file
 from digrap_scale.errors import DigrapError, PeerError, Preempted, SaveError
+from digrap_scale.evaluation.layers import LAYERS_FILE, encode_layers
 from digrap_scale.evaluation.strength import STRENGTH_FILE, encode_names, encode_row, read_lines, read_strength
+from digrap_scale.projector.layers import LayerSnapshot
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -64,6 +66,7 @@ class RunLog:
         tensorboard: also write ``tensorboard/``.
         every_steps: steps between two lines of ``metrics.jsonl``; the first and the last step always have one.
         strength_every_steps: steps between two snapshots of ω; the first and the last step always have one.
+        layers_every_steps: steps between two snapshots of conflicts and drift, and at the last step; None: none.
         start_step: steps done before (a resumed run). Lines of later steps, left by the interrupted run, are removed.
         console: where to show progress; standard error if None.
 
@@ -80,6 +83,7 @@ class RunLog:
         tensorboard: bool,
         every_steps: int,
         strength_every_steps: int,
+        layers_every_steps: int | None = None,
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:
@@ -87,10 +91,12 @@ class RunLog:
         self._writes = rank == 0
         self._total_steps, self._start_step, self._step = total_steps, start_step, start_step
         self._every_steps, self._strength_every_steps = every_steps, strength_every_steps
+        self._layers_every_steps = layers_every_steps
         self._use_tensorboard = tensorboard
         self._console = console or Console(stderr=True)
         self._metrics: _Appender | None = None
         self._strength: _Appender | None = None
+        self._layers: _Appender | None = None
         self._names: list[str] = []
         self._board: SummaryWriter | None = None
         self._progress: Progress | None = None
@@ -106,6 +112,7 @@ class RunLog:
             self._write_status("running")
             trim(self.folder / METRICS_FILE, self._start_step)
             trim(self.folder / STRENGTH_FILE, self._start_step)
+            trim(self.folder / LAYERS_FILE, self._start_step)
             self._metrics = _Appender(self.folder / METRICS_FILE)
             if self._use_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import: only runs that want it pay
@@ -130,7 +137,7 @@ class RunLog:
         # one after the other, whatever fails: a full disk must not keep the status from saying so
         failures = [
             failure
-            for close in (self._metrics, self._strength, self._board)
+            for close in (self._metrics, self._strength, self._layers, self._board)
             if close is not None and (failure := self._try(close.close)) is not None
         ]
         outcome = _outcome(error or (failures[0] if failures else None))
@@ -157,6 +164,11 @@ class RunLog:
     def strength_due(self, step: int) -> bool:
         """Whether ``step`` gets a snapshot of ω; the same on every rank."""
         return step % self._strength_every_steps == 0 or step in (self._start_step + 1, self._total_steps)
+
+    def layers_due(self, step: int) -> bool:
+        """Whether ``step`` gets a snapshot of conflicts and drift; the same on every rank."""
+        every = self._layers_every_steps
+        return every is not None and (step % every == 0 or step == self._total_steps)
 
     def advance(self, step: int, *, samples: int, skipped: bool = False) -> None:
         """Counts a finished step.
@@ -239,6 +251,16 @@ class RunLog:
             self._names = list(strength)
             lines = encode_names(self._names)
         self._strength.append(lines + encode_row(step, [float(value) for value in strength.values()]))
+
+    def layers(self, step: int, snapshot: LayerSnapshot | None) -> None:
+        """Appends a snapshot of conflicts and drift. Nothing is written for no layers."""
+        if not self._writes or snapshot is None:
+            return
+        lines = ""
+        if self._layers is None:
+            self._layers = _Appender(self.folder / LAYERS_FILE)
+            lines = encode_names(snapshot.names)
+        self._layers.append(lines + encode_layers(step, snapshot.steps, snapshot.conflict_rate, snapshot.drift))
 
     def message(self, text: str) -> None:
         """Shows a line above the progress bar and keeps it, with its time and step, in ``messages.log``."""

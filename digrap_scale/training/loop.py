@@ -96,6 +96,8 @@ def train_steps(
             )
         if projector.method.has_strength and log.strength_due(step):
             log.strength(step, projector.strength())
+        if log.layers_due(step):
+            log.layers(step, projector.layers.take())
         keeper.after_step(step)
 
 

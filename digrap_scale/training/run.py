@@ -51,7 +51,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
     start = ranks.on_first(lambda: prepare_folder(folder, config))
     ranks.on_first(lambda: note_environment(folder, config, here.world_size))
     checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
-    data = open_training_data(config)
+    data = open_training_data(config, ranks.on_first)
     here.same("training shards: samples of each", [source.shards.counts for source in data])
     total_steps = count_steps(config, sum(source.shards.samples for source in data))
     start_step = 0 if checkpoint is None else checkpoint.step
@@ -63,6 +63,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
             tensorboard=config.logging.tensorboard,
             every_steps=config.logging.every_steps,
             strength_every_steps=config.logging.strength_every_steps,
+            layers_every_steps=config.logging.layers_every_steps,
             start_step=start_step,
         ) as log,
         watching(config, here, log, watches) as watch,

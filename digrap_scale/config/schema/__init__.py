@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from digrap_scale.config.checks import CROSS_FIELD, cross_field_problems
 
 from .base import Section, check_regex
-from .data import DataConfig
+from .data import DataConfig, HoldOutConfig
 from .evaluation import EvaluationConfig, GenerationConfig, ShiftDegreeConfig, SuiteEntry
 from .method import (
     DiGraPMethod,
@@ -37,6 +37,7 @@ __all__ = [
     "DiGraPUpdateMethod",
     "EvaluationConfig",
     "GenerationConfig",
+    "HoldOutConfig",
     "FTPMethod",
     "L2SPMethod",
     "LPFTMethod",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from .base import NonNegativeInt, PositiveFloat, Section, Text
+from .base import NonNegativeInt, PositiveFloat, Section, Seed, Text
 
 
 class SourceConfig(Section):
@@ -15,6 +15,15 @@ class SourceConfig(Section):
     name: Text = Field(description="Its name in the logs.")
     shards: list[Text] = Field(min_length=1, description="Shard files or patterns, as in `train`.")
     weight: PositiveFloat = Field(description="Its share of the samples, against the other sources' weights.")
+
+
+class HoldOutConfig(Section):
+    """A part of the training data that is withheld from training and measured as `validation`: to select by, no ID result."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
+        description="About how much of the samples; which ones is told by a hash of their keys."
+    )
+    seed: Seed = Field(default=0, description="Draws them; apart from `run.seed`, so that all seeds have the same set.")
 
 
 class DataConfig(Section):
@@ -27,6 +36,10 @@ class DataConfig(Section):
         ),
     )
     sources: list[SourceConfig] = Field(default=[], description="Several sets of shards, mixed by weights.")
+    hold_out: HoldOutConfig | None = Field(
+        default=None,
+        description="Withhold a part of the training data, to select hyper-parameters by; empty: train on all.",
+    )
     classes: Text | None = Field(
         default=None, description="JSON file: class name → prompt (contrastive) or a list of class names."
     )

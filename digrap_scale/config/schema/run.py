@@ -26,4 +26,11 @@ class LoggingConfig(Section):
 
     every_steps: PositiveInt = Field(default=10, description="Steps between two lines of `metrics.jsonl`.")
     strength_every_steps: PositiveInt = Field(default=10, description="Steps between two snapshots of ω per layer.")
+    layers_every_steps: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Steps between two lines of `layers.jsonl`: each layer's conflict rate and drift from the reference (which is then "
+            "held also by methods that do not need it); empty: not written."
+        ),
+    )
     tensorboard: bool = Field(default=True, description="Write `tensorboard/`.")

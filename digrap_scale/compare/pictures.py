@@ -1,0 +1,212 @@
+"""The pictures of a comparison, as PNG bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from digrap_scale.compare.load import WISE_FT
+from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, score
+from digrap_scale.compare.statistics import mean_and_error
+from digrap_scale.evaluation.layers import LayerHistory, read_layers
+from digrap_scale.evaluation.plots import COLOURS, INK, MARKERS, clean, label_groups, layer_groups, png, strength_maps
+from digrap_scale.evaluation.strength import read_strength
+
+_OOD = ("near", "far")
+
+
+def draw(comparison: Comparison) -> dict[str, bytes]:
+    """File name → picture, of all that the trials have told enough for."""
+    files = {"id_ood.png": id_against_ood(comparison)}
+    if (sensitivity := sensitivity_panels(comparison)) is not None:
+        files["sensitivity.png"] = sensitivity
+    runs = _shown_runs(comparison)
+    for domain, rows in runs.items():
+        suffix = f"-{number}" if (number := list(runs).index(domain)) else ""
+        files |= {f"{name}{suffix}.png": picture for name, picture in _of_layers(domain, rows).items()}
+    return files
+
+
+def id_against_ood(comparison: Comparison) -> bytes:
+    """Mean ID against mean OOD accuracy, ± standard error over seeds; WiSE-FT's α as a curve. Up and right is better."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for i, row in enumerate(comparison.rows):
+        (x, x_error), (y, y_error) = (
+            mean_and_error(list(by_seed(row.results, c).values())) for c in ("ID mean", "OOD mean")
+        )
+        axes.errorbar(
+            100 * x, 100 * y, xerr=100 * (x_error or 0), yerr=100 * (y_error or 0), label=row.name,
+            fmt=MARKERS[i % len(MARKERS)], markersize=7, color=COLOURS[i % len(COLOURS)], elinewidth=0.9,
+            markeredgecolor=INK, markeredgewidth=0.6, zorder=3,
+        )  # fmt: skip
+    if comparison.curve:
+        points = [
+            [
+                100 * fmean(fmean(score(r, shifts) for r in results) for results in of_domain.values())
+                for shifts in (("id",), _OOD)
+            ]
+            for of_domain in comparison.curve.values()
+        ]
+        axes.plot(
+            *zip(*points, strict=True),
+            color="#999999",
+            linewidth=1.2,
+            marker=".",
+            markersize=4,
+            label=f"{WISE_FT}, all α",
+        )
+        for alpha, point in zip(comparison.curve, points, strict=True):
+            axes.annotate(f"{alpha:g}", point, xytext=(4, -8), textcoords="offset points", fontsize=7, color="#777777")
+    axes.set_xlabel("ID accuracy (%)")
+    axes.set_ylabel("OOD mean accuracy (%)")
+    clean(axes, grid="both")
+    figure.legend(loc="outside right upper", frameon=False)
+    return png(figure)
+
+
+def sensitivity_panels(comparison: Comparison) -> bytes | None:
+    """OOD (and, dashed, ID validation) against each method's own hyper-parameter, a panel a method; None where none has one.
+
+    Of the settings with one value of it, that with the best ID validation is shown, in every domain by itself.
+    """
+    lines = {
+        name: found
+        for name in dict.fromkeys(p.method for p in comparison.points)
+        if (found := _curve(comparison, name))
+    }
+    if not lines:
+        return None
+    figure = Figure(figsize=(1.0 + 2.9 * len(lines), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(lines), squeeze=False, sharey=True)[0]
+    flat = _baseline_ood(comparison)
+    for i, (axes, (name, (key, points))) in enumerate(zip(panels, lines.items(), strict=True)):
+        x, ood, validation = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+        colour = COLOURS[(i + 1) % len(COLOURS)]
+        axes.plot(x, 100 * ood, marker="o", color=colour, label="OOD")
+        axes.plot(
+            x, 100 * validation, marker=".", color=colour, linestyle=(0, (4, 3)), linewidth=1, label="ID validation"
+        )
+        if flat is not None:
+            axes.axhline(100 * flat, color="#8c8c8c", linewidth=1, label=f"{comparison.baseline}, OOD")
+        if x.min() > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=float(x[x > 0].min()))
+        axes.set_title(name, fontsize=10, color=INK)
+        axes.set_xlabel(key.split(".")[-1])
+        clean(axes, grid="both")
+        if i == 0:
+            axes.set_ylabel("accuracy (%)")
+            axes.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def _curve(comparison: Comparison, method: str) -> tuple[str, list[tuple[float, float, float]]] | None:
+    """(key, [(value, OOD, ID validation)]) of the first hyper-parameter that is the method's own and has several numbers."""
+    points = [point for point in comparison.points if point.method == method]
+    shared = _shared_keys(comparison)
+    for key, _ in points[0].setting:
+        values = sorted({value for point in points if _is_number(value := dict(point.setting)[key])})
+        if key in shared or len(values) < 2:
+            continue
+        return key, [(value, *_best_with(points, key, value)) for value in values]
+    return None
+
+
+def _best_with(points: Sequence[SearchPoint], key: str, value: Any) -> tuple[float, float]:
+    """OOD and ID validation, means over domains, of the setting that ID validation prefers among those with this value."""
+    best: dict[str, SearchPoint] = {}
+    for point in points:
+        if dict(point.setting)[key] == value:
+            known = best.get(point.domain)
+            if known is None or fmean(point.validation) > fmean(known.validation):
+                best[point.domain] = point
+    return fmean(p.mean(*_OOD) for p in best.values()), fmean(fmean(p.validation) for p in best.values())
+
+
+def _shared_keys(comparison: Comparison) -> set[str]:
+    """Hyper-parameters that every method was searched over."""
+    of_methods: dict[str, set[str]] = {}
+    for point in comparison.points:
+        of_methods.setdefault(point.method, set()).update(key for key, _ in point.setting)
+    return set.intersection(*of_methods.values()) if len(of_methods) > 1 else set()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _baseline_ood(comparison: Comparison) -> float | None:
+    """Of the baseline's setting with the best ID validation, on the seeds of the search."""
+    points = [point for point in comparison.points if point.method == comparison.baseline]
+    best: dict[str, SearchPoint] = {}
+    for point in points:
+        if point.domain not in best or fmean(point.validation) > fmean(best[point.domain].validation):
+            best[point.domain] = point
+    return fmean(point.mean(*_OOD) for point in best.values()) if best else None
+
+
+def _shown_runs(comparison: Comparison) -> dict[str, list[tuple[str, Any]]]:
+    """Domain → (method, folder of its run with the first seed)."""
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for row in comparison.rows:
+        for domain, trials in row.trials.items():
+            if trials:
+                found.setdefault(domain, []).append((row.name, next(iter(trials.values())).folder / "run"))
+    return found
+
+
+def _of_layers(domain: str, runs: Sequence[tuple[str, Any]]) -> dict[str, bytes]:
+    strengths = {f"{name}, {domain}": read_strength(folder) for name, folder in runs}
+    strengths = {name: history for name, history in strengths.items() if history.steps and history.names}
+    histories = {name: history for name, folder in runs if (history := read_layers(folder)) is not None}
+    files = {}
+    if strengths:
+        files["strength"] = strength_maps(strengths)
+    if histories:
+        rates = {name: history.whole_rate for name, history in histories.items()}
+        drifts = {name: history.drift[-1] for name, history in histories.items()}
+        files["conflicts"] = layer_map(histories, rates, f"share of steps in conflict, {domain}", 1.0)
+        files["drift"] = layer_map(histories, drifts, f"drift ‖θ − θ₀‖ at the end, {domain}", None)
+    return files
+
+
+def layer_map(
+    histories: Mapping[str, LayerHistory], values: Mapping[str, np.ndarray], title: str, top: float | None
+) -> bytes:
+    """A number for each layer (rows, the input side on top) and method (columns).
+
+    Args:
+        histories: method → its layers.
+        values: method → [L] numbers, of the layers of ``histories``.
+        title: of the colours.
+        top: end of the colour scale; None: the largest number.
+    """
+    names = list(dict.fromkeys(name for history in histories.values() for name in history.names))
+    rows = {name: i for i, name in enumerate(names)}
+    table = np.full((len(names), len(values)), np.nan)
+    for column, (method, numbers) in enumerate(values.items()):
+        table[[rows[name] for name in histories[method].names], column] = numbers
+    figure = Figure(
+        figsize=(2.6 + 0.75 * len(values), min(9.0, max(3.2, 1.6 + 0.055 * len(names)))), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    colours = colormaps["magma"].with_extremes(bad="#dddddd")
+    limit = top if top is not None else max(float(np.nanmax(table)), 1e-12)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap=colours, vmin=0, vmax=limit, rasterized=True)
+    axes.set_ylim(len(names), 0)
+    axes.set_xticks(
+        np.arange(len(values)) + 0.5, list(values), rotation=35, ha="right", rotation_mode="anchor", fontsize=8
+    )
+    label_groups(axes, layer_groups(names), len(names))
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, fraction=0.08, pad=0.03, aspect=28)
+    bar.set_label(title)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return png(figure)

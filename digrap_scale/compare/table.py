@@ -1,0 +1,199 @@
+"""Tables of a comparison: one a domain, and one over all domains. The same cells in the terminal, in markdown and in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from digrap_scale.compare.results import Comparison, Row, by_seed, columns_of, means_of, value
+from digrap_scale.compare.statistics import Difference, mean_and_error, paired_difference
+from digrap_scale.evaluation.suite import SuiteResult
+
+Results = Mapping[str, Mapping[int | None, SuiteResult]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a test set (or a mean of several).
+
+    Attributes:
+        mean, error: over seeds, in [0, 1]; the error is None for one seed.
+        difference: paired, to the baseline; None in its own row.
+        best: the highest mean of its column, and above the baseline by an interval that excludes 0.
+    """
+
+    mean: float
+    error: float | None
+    difference: Difference | None
+    best: bool = False
+
+    @property
+    def text(self) -> str:
+        """``41.2 ± 0.8``, in percent."""
+        return f"{100 * self.mean:.1f}" + ("" if self.error is None else f" ± {100 * self.error:.1f}")
+
+    @property
+    def difference_text(self) -> str:
+        """``+1.9 [+0.4, +3.3]``, in percentage points."""
+        if self.difference is None:
+            return "–"
+        one = self.difference
+        interval = (
+            " (no interval)"
+            if one.low is None or one.high is None
+            else f" [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+        )
+        return f"{100 * one.mean:+.1f}{interval}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods down, test sets across.
+
+    Attributes:
+        cells: [rows][columns].
+        seeds: how many each row has.
+        intervals: the ways in which intervals were made, in words.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[str]
+    cells: list[list[Cell]]
+    seeds: list[int]
+    intervals: list[str]
+
+
+def tables_of(comparison: Comparison) -> list[Table]:
+    """A table for each domain; where there are several, before them one of the means over domains."""
+    domains = list(dict.fromkeys(domain for row in comparison.rows for domain in row.results))
+    tables = []
+    if len(domains) > 1:
+        whole = [row for row in comparison.rows if set(row.results) == set(domains)]
+        columns = _shared_means([result for row in whole for one in row.results.values() for result in one.values()])
+        if whole:
+            tables.append(_table(f"mean over {len(domains)} domains", columns, whole, domains, comparison))
+    for domain in domains:
+        rows = [row for row in comparison.rows if row.results.get(domain)]
+        columns = columns_of([result for row in rows for result in row.results[domain].values()])
+        tables.append(_table(domain, columns, rows, [domain], comparison))
+    return tables
+
+
+def _shared_means(results: Sequence[SuiteResult]) -> list[str]:
+    """ID and the means that every domain has."""
+    common = [set(means_of(result)) for result in results]
+    return ["ID mean", *(name for name in ("near mean", "far mean", "OOD mean") if all(name in one for one in common))]
+
+
+def _table(
+    title: str, columns: list[str], rows: Sequence[Row], domains: Sequence[str], comparison: Comparison
+) -> Table:
+    results = [{domain: row.results[domain] for domain in domains} for row in rows]
+    base = next((one for row, one in zip(rows, results, strict=True) if row.name == comparison.baseline), None)
+    cells: list[list[Cell]] = []
+    for row, one in zip(rows, results, strict=True):
+        line = []
+        for column in columns:
+            mean, error = mean_and_error(list(by_seed(one, column).values()))
+            difference = None
+            if base is not None and row.name != comparison.baseline:
+                difference = _difference(one, base, column, comparison)
+            line.append(Cell(mean, error, difference))
+        cells.append(line)
+    for number in range(len(columns)):
+        _mark_best([line[number] for line in cells], cells, number)
+    kinds = dict.fromkeys(c.difference.kind or "no interval: one pair" for line in cells for c in line if c.difference)
+    counts = [len(by_seed(one, columns[0])) for one in results]
+    return Table(title, columns, [row.name for row in rows], cells, counts, list(kinds))
+
+
+def _mark_best(column: list[Cell], cells: list[list[Cell]], number: int) -> None:
+    """Only where the highest is above the baseline beyond doubt; the baseline itself is never marked."""
+    highest = max(range(len(column)), key=lambda i: column[i].mean)
+    best = column[highest]
+    if best.difference is not None and best.difference.mean > 0 and best.difference.excludes_zero:
+        cells[highest][number] = Cell(best.mean, best.error, best.difference, best=True)
+
+
+def _difference(one: Results, base: Results, column: str, comparison: Comparison) -> Difference | None:
+    """Of runs that share domain and seed; weights without a seed are set against every seed of the baseline."""
+    pairs: dict[str, list[float]] = {}
+    for domain, of_domain in base.items():
+        mine = one[domain]
+        found = [
+            value(mine[seed if seed in mine else None], column) - value(result, column)
+            for seed, result in of_domain.items()
+            if seed in mine or None in mine
+        ]
+        if found:
+            pairs[domain] = found
+    if len(pairs) < len(base):
+        return None
+    return paired_difference(pairs, confidence=comparison.confidence, samples=comparison.bootstrap_samples)
+
+
+def terminal(table: Table) -> RichTable:
+    """For a rich console; the difference in the mean OOD stands last."""
+    shown = RichTable(title=f"{table.title}: accuracy in percent", header_style="bold", title_justify="left")
+    shown.add_column("method", no_wrap=True)
+    for column in table.columns:
+        shown.add_column(escape(column.replace(" ", "\n", 1)), justify="right", no_wrap=True)
+    shown.add_column("OOD, paired\ndifference", justify="right", no_wrap=True)
+    for name, line in zip(table.rows, table.cells, strict=True):
+        cells = [f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in line]
+        shown.add_row(escape(name), *cells, escape(line[-1].difference_text))
+    return shown
+
+
+def markdown(table: Table, baseline: str) -> str:
+    """The accuracies, and below them the paired differences."""
+    head = "| method | seeds | " + " | ".join(_plain(column) for column in table.columns) + " |"
+    rule = "|:--|--:|" + "--:|" * len(table.columns)
+    lines = [f"## {table.title}", "", "Accuracy in percent, mean ± standard error over seeds.", "", head, rule]
+    for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True):
+        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in line]
+        lines.append(f"| {_plain(name)} | {seeds} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Paired differences to {baseline}, in points ({'; '.join(table.intervals) or 'none'}).",
+        "",
+        head,
+        rule,
+    ]
+    for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True):
+        if name != baseline:
+            lines.append(f"| {_plain(name)} | {seeds} | " + " | ".join(cell.difference_text for cell in line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def stored(table: Table) -> dict[str, object]:
+    """As JSON."""
+    return {
+        "title": table.title,
+        "columns": table.columns,
+        "intervals": table.intervals,
+        "rows": [
+            {
+                "method": name,
+                "seeds": seeds,
+                "cells": {
+                    column: {
+                        "mean": cell.mean,
+                        "standard_error": cell.error,
+                        "difference": vars(cell.difference) if cell.difference else None,
+                        "best": cell.best,
+                    }
+                    for column, cell in zip(table.columns, line, strict=True)
+                },
+            }
+            for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True)
+        ],
+    }

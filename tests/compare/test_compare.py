@@ -1,0 +1,206 @@
+"""Selection, resume, failures and tables of a comparison, on runs whose numbers the test makes up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from digrap_scale.cli import main
+from digrap_scale.compare.grid import Trial
+from tests.compare.grids import MadeUp, grid_of, made_up, write_grid
+
+__all__ = ["made_up"]  # a fixture
+
+Use = Callable[..., MadeUp]
+
+
+def numbers(trial: Trial) -> Sequence[Sequence[int]]:
+    """validation, ID, near, far. FT: the lower rate validates best. DiGraP: μ 0.1 does, though μ 0.01 is far better OOD."""
+    setting, seed = dict(trial.setting), 10 * (trial.seed or 0)
+    if trial.method == "zero-shot":
+        return [[200, 210, 400, 440]]
+    high = setting["optimizer.learning_rate"] == 0.01
+    if trial.method == "FT":
+        return [[500 - 100 * high, 510 + seed, 300 + seed, 200 + seed]]
+    if setting["method.strength_lr"] == 0.01:
+        return [[480, 520, 900, 900]]
+    return [[550 - 10 * high, 530 + seed, 350 + seed, 260 + seed]]
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "out" / "results.json").read_text()))
+
+
+def cells(folder: Path, table: int, method: str) -> dict[str, Any]:
+    rows = stored(folder)["tables"][table]["rows"]
+    return dict(next(row["cells"] for row in rows if row["method"] == method))
+
+
+def test_id_validation_selects_and_nothing_else(
+    tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
+    # Search: 2 FT, 4 DiGraP on seed 0, and zero-shot; then the chosen ones on seed 1.
+    assert len(runs.ran) == 7 + 2
+    assert [(t.method, dict(t.setting), t.seed) for t in runs.ran[7:]] == [
+        ("FT", {"optimizer.learning_rate": 0.001}, 1),
+        ("DiGraP", {"optimizer.learning_rate": 0.001, "method.strength_lr": 0.1}, 1),
+    ]
+    assert stored(tmp_path)["settings"]["DiGraP"] == {"all": "learning_rate 0.001, strength_lr 0.1"}
+    # Means over seeds 0 and 1: FT near 300 and 310, far 200 and 210: OOD 250 and 260.
+    ft, digrap = cells(tmp_path, 0, "FT"), cells(tmp_path, 0, "DiGraP")
+    assert ft["OOD mean"]["mean"] == pytest.approx(0.255) and ft["test"]["mean"] == pytest.approx(0.515)
+    assert ft["OOD mean"]["standard_error"] == pytest.approx(0.005)  # s = 0.01/√2, over √2
+    # DiGraP − FT: 305 − 250 and 315 − 260: 55 both times, an interval of no width that excludes 0.
+    assert digrap["OOD mean"]["difference"]["mean"] == pytest.approx(0.055)
+    assert digrap["OOD mean"]["difference"]["kind"] == "Student's t over 2 pairs"
+    assert digrap["test"]["best"] and not digrap["sketch"]["best"]  # zero-shot is higher there
+    zero = cells(tmp_path, 0, "zero-shot")
+    assert zero["sketch"]["mean"] == 0.4 and zero["sketch"]["standard_error"] is None
+    # 400 − 300 and 400 − 310: mean 95, s 7.07, t with one degree 12.7: 95 ± 63.5
+    assert zero["sketch"]["difference"]["low"] == pytest.approx(0.095 - 12.706 * 0.005, abs=1e-4)
+    assert zero["sketch"]["best"] and not zero["test"]["best"]
+    printed = capsys.readouterr().out
+    for line in (
+        "searched alike by all methods: optimizer.learning_rate in 0.001, 0.01",
+        "DiGraP: own hyper-parameters: method.strength_lr in 0.01, 0.1; tried: all of 4 settings",
+        "FT: own hyper-parameters: none; tried: all of 2 settings",
+        "budget: at most 4 settings a method and domain, each on 1 seed(s) (0); no method gets more",
+        "chosen: DiGraP in all: learning_rate 0.001, strength_lr 0.1",
+    ):
+        assert line in printed, line
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "**53.5 ± 0.5**" in table and "+5.5 [+5.5, +5.5]" in table
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "id_ood.png", "sensitivity.png", "strength.png", "conflicts.png", "drift.png",
+    }  # fmt: skip
+
+
+def test_nothing_is_bold_where_the_interval_holds_zero(tmp_path: Path, made_up: Use) -> None:
+    def uncertain(trial: Trial) -> Sequence[Sequence[int]]:
+        if trial.method != "DiGraP":
+            return numbers(trial)
+        # Two pairs, +10 and +90: the mean is 50 above, its interval ±508.
+        return [[500, 510 + 10 + 90 * (trial.seed or 0), 300, 200]]
+
+    made_up(uncertain)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path, zero_shot=False))]) == 0
+    cell = cells(tmp_path, 0, "DiGraP")["test"]
+    assert cell["mean"] == pytest.approx(0.565) and cell["difference"]["low"] < 0 and not cell["best"]
+    assert not cells(tmp_path, 0, "FT")["test"]["best"]
+    assert "**" not in (tmp_path / "out" / "results.md").read_text().replace("- **Failed:**", "")
+
+
+def test_a_second_call_runs_what_is_missing(tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_grid(tmp_path, grid_of(tmp_path))
+    first = made_up(numbers)
+    assert main(["compare", path]) == 0
+    before = (tmp_path / "out" / "report.html").read_text()
+    # One was killed in the middle, one has lost its results.
+    (first.ran[2].folder / "run" / "status.json").write_text('{"state": "running"}')
+    (first.ran[8].folder / "run" / "results.json").unlink()
+    capsys.readouterr()
+    assert main(["compare", path, "--dry-run"]) == 0
+    assert f"first phase: 1 of 7 trials are missing\n·   {first.ran[2].name}" in capsys.readouterr().out
+
+    def clear(trial: Trial) -> Sequence[Sequence[int]]:
+        import shutil
+
+        shutil.rmtree(trial.folder / "run")  # the made-up runs go on from nothing
+        return numbers(trial)
+
+    second = made_up(clear)
+    assert main(["compare", path]) == 0
+    assert [trial.folder for trial in second.ran] == [first.ran[2].folder, first.ran[8].folder]
+    assert (tmp_path / "out" / "report.html").read_text() == before
+    third = made_up(numbers)
+    assert main(["compare", path]) == 0 and third.ran == []
+
+
+def test_a_changed_config_trains_anew_beside_the_old(tmp_path: Path, made_up: Use) -> None:
+    first = made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
+    grid = grid_of(tmp_path)
+    grid["base"]["training"]["steps"] = 3
+    second = made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid)]) == 0
+    assert not {t.folder for t in first.ran} & {t.folder for t in second.ran} and len(second.ran) == 9
+
+
+def test_failures_are_told_and_others_go_on(tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    """The chosen μ fails on seed 1, the high rate in the search: the table has what is there, and the exit code is 1."""
+    made_up(
+        numbers,
+        fails=lambda t: t.method == "DiGraP" and (t.seed == 1 or ("optimizer.learning_rate", 0.01) in t.setting),
+    )
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 1
+    error = capsys.readouterr().err
+    assert "3 trials failed" in error and "all: DiGraP (learning_rate 0.001, strength_lr 0.1), seed 1: exit 1" in error
+    assert cells(tmp_path, 0, "DiGraP")["test"]["difference"]["low"] is None
+    assert len(stored(tmp_path)["failed"]) == 3
+    rows = {row["method"]: row["seeds"] for row in stored(tmp_path)["tables"][0]["rows"]}
+    assert rows == {"zero-shot": 1, "FT": 2, "DiGraP": 1}
+
+
+def test_without_a_baseline_there_is_no_table(tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up(numbers, fails=lambda trial: trial.method == "FT")
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 1
+    assert "no run of the baseline FT is done" in capsys.readouterr().err
+
+
+def test_domains_select_by_themselves_and_are_averaged(tmp_path: Path, made_up: Use) -> None:
+    def of_domain(trial: Trial) -> Sequence[Sequence[int]]:
+        (validation, *rest), lower = numbers(trial)[0], 100 * (trial.domain == "b")
+        if lower:
+            validation = 1000 - validation  # the other settings win
+        return [[validation, *(number - lower for number in rest)]]
+
+    runs = made_up(of_domain)
+    grid = grid_of(tmp_path, domains={"a": {"data.train": ["a-*.tar"]}, "b": {"data.train": ["b-*.tar"]}})
+    assert main(["compare", write_grid(tmp_path, grid)]) == 0
+    assert len(runs.ran) == 2 * 9
+    settings = stored(tmp_path)["settings"]["FT"]
+    assert settings == {"a": "learning_rate 0.001", "b": "learning_rate 0.01"}
+    assert [table["title"] for table in stored(tmp_path)["tables"]] == ["mean over 2 domains", "a", "b"]
+    # ID: a 510, 520; b 410, 420
+    assert cells(tmp_path, 0, "FT")["ID mean"]["mean"] == pytest.approx(0.465)
+    assert cells(tmp_path, 0, "DiGraP")["ID mean"]["difference"]["kind"] == "Student's t over 4 pairs"
+    assert {"strength.png", "strength-1.png"} <= {path.name for path in (tmp_path / "out").glob("*.png")}
+
+
+def test_wise_ft_is_selected_on_id_validation(tmp_path: Path, made_up: Use) -> None:
+    def with_alphas(trial: Trial) -> Sequence[Sequence[int]]:
+        rows = [list(numbers(trial)[0])]
+        if trial.method == "FT":
+            assert trial.config.evaluation.interpolate_alphas == [0.0, 0.5, 1.0]
+            # α 0.5 validates best; α 0 would be best OOD
+            rows += [[100, 200, 900, 900], [600, 530, 380, 280], rows[0]]
+        return rows
+
+    made_up(with_alphas)
+    grid = grid_of(tmp_path, wise_ft={"of": "FT", "alphas": [0.0, 0.5, 1.0]})
+    assert main(["compare", write_grid(tmp_path, grid)]) == 0
+    assert stored(tmp_path)["settings"]["WiSE-FT"] == {"all": "α 0.5"}
+    assert cells(tmp_path, 0, "WiSE-FT")["OOD mean"]["mean"] == pytest.approx(0.33)
+
+
+def test_two_comparisons_do_not_share_a_folder(
+    tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(numbers)
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 2
+    assert "is in use by another comparison" in capsys.readouterr().err
+
+
+def test_the_choice_of_zero_shot_needs_no_seed_and_no_training(tmp_path: Path, made_up: Use) -> None:
+    runs = made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
+    assert [trial.verb for trial in runs.ran if trial.seed is None] == ["evaluate"]
