@@ -72,7 +72,9 @@ def _inputs(
     base = _base_config(model)
     size = _image_size(base, model.folder)
     channels = int(getattr(_part(base, "vision_config"), "num_channels", 3))
-    inputs = {"pixel_values": ((samples, channels, size, size), torch.float32)}
+    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "pixel_values": ((samples, channels, size, size), torch.float32)
+    }
     if config.model.task == "contrastive":
         texts = samples if config.data.target == "caption" or num_classes is None else num_classes
         longest = int(getattr(_part(base, "text_config"), "max_position_embeddings", _PROMPT_TOKENS))

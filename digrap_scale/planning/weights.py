@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -138,7 +139,7 @@ def _new_names(config: Config, module: nn.Module, notes: list[str]) -> set[str]:
     settings = config.model
     if settings.task != "classification" or not settings.new_head:
         return set()
-    base = getattr(module, "get_base_model", lambda: module)()
+    base: Any = getattr(module, "get_base_model", lambda: module)()
     names = head_names(base.config, settings)
     notes.append("model.new_head: the head is taken to start new; whether it does shows in the checkpoint")
     return {name for name, _ in module.named_parameters() if original_name(name) in names}

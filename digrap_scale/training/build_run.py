@@ -51,14 +51,12 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     if adapter is not None:
         load_adapter(built.model, adapter)
     model_class = type(built.model)
-    base = getattr(built.model, "get_base_model", lambda: built.model)
-    base_class = type(base())
-    set_forward(base(), config)
+    base: Any = getattr(built.model, "get_base_model", lambda: built.model)()
+    set_forward(base, config)
     if classes is not None and config.model.task == "classification":
         # For whoever opens final/ in transformers: names in place of LABEL_0, or of the pre-training's classes.
-        settings: Any = base().config
-        settings.id2label = dict(enumerate(classes.names))
-        settings.label2id = {name: index for index, name in enumerate(classes.names)}
+        base.config.id2label = dict(enumerate(classes.names))
+        base.config.label2id = {name: index for index, name in enumerate(classes.names)}
     engine = build_engine(
         built.model,
         lambda model: make_optimizer(model, config, built.head),
@@ -70,7 +68,7 @@ def build_run(config: Config, here: Place, adapter: Path | None = None) -> Built
     seed_everything(config.run.seed, here.rank)
     evaluates = classes is not None or config.model.generative
     task = build_task(config, built.processor, built.tokenizer, False, built.family) if evaluates else None
-    return BuiltRun(built, engine, model_class, base_class, task)
+    return BuiltRun(built, engine, model_class, type(base), task)
 
 
 def make_optimizer(model: nn.Module, config: Config, head: Collection[str] = ()) -> Optimizer:

@@ -267,7 +267,7 @@ def choose_operators(config: Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition; read at its first use
         torch.backends.cudnn.benchmark = False
         # Filling new memory with NaN is to find code that reads it; frameworks' buffers have padding that nobody reads.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int, rank: int) -> None:
