@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from transformers import AutoModelForImageClassification
 
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.layers import encode_layers, read_layers
@@ -36,11 +36,17 @@ def run(model: Path, folder: Path, method: str, steps: int, every: int | None) -
         logging=logging,
     )
     run_here(values)
-    return dict(load_file(folder / "final" / "model.safetensors"))
+    return weights_of(folder / "final")
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    """By parameter name, float32 arrays."""
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
 def test_plain_fine_tuning_is_measured_and_not_changed(model: Path, tmp_path: Path) -> None:
-    start = load_file(model / "model.safetensors")
+    start = weights_of(model)
     two = run(model, tmp_path / "two", "none", 2, None)
     plain = run(model, tmp_path / "plain", "none", 3, None)
     measured = run(model, tmp_path / "measured", "none", 3, 1)
