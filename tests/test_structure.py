@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     **{room: BASE | {"config"} for room in ROOMS},
     "projector": BASE | {"config", "method", "sharding", "reference"},
-    "integrations": BASE | {"config", "projector", "checkpoint"},
+    "integrations": BASE | {"config", "projector", "checkpoint", "sharding"},
     "training": BASE | {"config", "projector", *ROOMS},
     "demo": BASE | {"config", "projector", "training", *ROOMS},
     "cli": BASE | {"config", "projector", "training", "demo", "version", *ROOMS},

@@ -29,11 +29,13 @@ def method_tensors(state: Mapping[str, Any], *, previous: bool) -> tuple[dict[st
     return tensors, {"method": json.dumps({key: state[key] for key in _NUMBERS})}
 
 
-def write_method_state(file: Path, state: Mapping[str, Any]) -> None:
-    """Write a gathered state; the file appears when it is whole. Raises: SaveError."""
-    tensors, notes = method_tensors(state, previous=True)
+def write_method_state(file: Path, state: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> None:
+    """Write a gathered state, with ``notes`` in its header; the file appears when it is whole. Raises: SaveError."""
+    tensors, header = method_tensors(state, previous=True)
     with atomic_file(file) as beside:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata=notes)
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, beside, metadata={**(notes or {}), **header}
+        )
 
 
 def read_method_state(file: Path) -> dict[str, Any]:

@@ -9,20 +9,24 @@ The optimizer exists, wrapped and with its checkpoint's state, when training beg
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from digrap_scale.checkpoint.method_state import read_method_state, write_method_state
+from digrap_scale.checkpoint.method_state import read_method_state, read_tensors, write_method_state
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.projector import Projector, attach
+from digrap_scale.sharding.base import Backend
 
 STATE_FILE = "digrap_method.safetensors"
 _TRAINER_STATE = "trainer_state.json"
+_NORMS = "weight_norms"
 
 
 class DigrapCallback(TrainerCallback):
@@ -84,7 +88,9 @@ class DigrapCallback(TrainerCallback):
         self._detach()
         self.projector = attach(model, optimizer, **self._options)
         if state.global_step > 0:
-            self.projector.load_state_dict(read_method_state(self._saved(args, state)))
+            file = self._saved(args, state)
+            self.projector.load_state_dict(read_method_state(file))
+            _check_weights(self.projector.backend, file)
 
     def on_log(
         self,
@@ -111,16 +117,16 @@ class DigrapCallback(TrainerCallback):
         """Write the method's state into the Trainer's checkpoint. Collective. Raises: SaveError, CheckpointError."""
         if self.projector is None:
             return
-        gathered = self.projector.state_dict()
+        gathered, norms = self.projector.state_dict(), _weight_norms(self.projector.backend)
         if not state.is_world_process_zero:
             return
         folder = _checkpoint(args, state)
         if not (folder / _TRAINER_STATE).is_file():
             raise CheckpointError(
                 f"{folder}: expected the checkpoint that the Trainer has just saved, with its {_TRAINER_STATE}; "
-                "save_only_model and hyper-parameter search are not supported with DigrapCallback"
+                "hyper-parameter search is not supported with DigrapCallback"
             )
-        write_method_state(folder / STATE_FILE, gathered)
+        write_method_state(folder / STATE_FILE, gathered, {_NORMS: json.dumps(norms)})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The optimizer is plain again; ``projector`` still tells ω."""
@@ -162,3 +168,30 @@ class DigrapCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+@torch.no_grad()
+def _weight_norms(backend: Backend) -> dict[str, float]:
+    """L2 norm of every layer's weights, by name. Collective."""
+    squares_LK = torch.stack([weight.double().square().sum() for weight in backend.weights()]).unsqueeze(1)
+    backend.reduce_(squares_LK)
+    norms = squares_LK.sqrt().flatten().tolist()
+    return {spec.name: norm for spec, norm in zip(backend.specs, norms, strict=True)}
+
+
+def _check_weights(backend: Backend, file: Path) -> None:
+    """Whether the Trainer has put the weights back: of models whose names transformers maps on loading it does not, and
+    only warns of keys that are missing. Collective.
+
+    Raises:
+        CheckpointError: it has not, on all ranks.
+    """
+    now = _weight_norms(backend)
+    then: dict[str, float] = json.loads(read_tensors(file)[1].get(_NORMS, "{}"))
+    differing = [name for name, norm in now.items() if not math.isclose(norm, then.get(name, math.nan), rel_tol=1e-6)]
+    if differing:
+        raise CheckpointError(
+            f"{file.parent}: after resuming, the weights of {len(differing)} of {len(now)} layers are not the saved ones "
+            f"(‖{differing[0]}‖ is {now[differing[0]]:.6g}, expected {then.get(differing[0], math.nan):.6g}): the Trainer did "
+            f"not load them; build the model by from_pretrained({str(file.parent)!r}) before resuming"
+        )

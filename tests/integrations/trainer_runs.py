@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from digrap_scale.integrations.hf_trainer import DigrapCallback
 from tests.integrations.vlm_data import (
+    EPS,
     LEARNING_RATE,
     MAX_GRAD_NORM,
     METHOD,
@@ -69,6 +70,7 @@ def arguments(output: Path, backend: str, ranks: int, **more: Any) -> dict[str, 
         "gradient_accumulation_steps": 4 // ranks,
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
+        "adam_epsilon": EPS,
         "weight_decay": 0.0,
         "max_grad_norm": MAX_GRAD_NORM,
         "lr_scheduler_type": "constant",
@@ -84,9 +86,13 @@ def arguments(output: Path, backend: str, ranks: int, **more: Any) -> dict[str, 
     }
 
 
-def train(folder: str, output: str, backend: str, ranks: int, resume: bool, **method: Any) -> dict[str, Any]:
+def train(
+    folder: str, output: str, backend: str, ranks: int, resume: bool, reload: bool = True, **method: Any
+) -> dict[str, Any]:
+    middle = str(Path(output) / f"checkpoint-{STEPS // 2}")
     trainer = Trainer(
-        load_pretrained(folder),
+        # Names of a LLaVA's file are mapped on loading, which a resuming Trainer leaves out (sharded ones read their own).
+        load_pretrained(middle if resume and backend == "ddp" and reload else folder),
         TrainingArguments(**arguments(Path(output), backend, ranks)),
         train_dataset=samples(),
         data_collator=stacked,
@@ -100,7 +106,7 @@ def train(folder: str, output: str, backend: str, ranks: int, resume: bool, **me
 
     original = callback.on_train_end
     callback.on_train_end = lambda *args, **kwargs: (keep(), original(*args, **kwargs))[1]  # type: ignore[method-assign]
-    trainer.train(resume_from_checkpoint=str(Path(output) / f"checkpoint-{STEPS // 2}") if resume else None)
+    trainer.train(resume_from_checkpoint=middle if resume else None)
     return {**found, "history": trainer.state.log_history}
 
 
