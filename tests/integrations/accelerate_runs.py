@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 
 import digrap_scale
-from tests.integrations.trainer_runs import ZERO, allow_fsdp_on_cpu
+from tests.integrations.trainer_runs import ZERO, allow_sharding_on_cpu
 from tests.integrations.vlm_data import (
     MAX_GRAD_NORM,
     METHOD,
@@ -23,8 +23,9 @@ from tests.integrations.vlm_data import (
 
 
 def make_accelerator(backend: str, accumulation: int) -> Accelerator:
+    if backend != "ddp":
+        allow_sharding_on_cpu()
     if backend == "fsdp2":
-        allow_fsdp_on_cpu()
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -39,9 +40,8 @@ def make_accelerator(backend: str, accumulation: int) -> Accelerator:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": MAX_GRAD_NORM,
         }
-        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=True, gradient_accumulation_steps=accumulation, kwargs_handlers=[unused])
+        return Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    return Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
 
 
 def loop(folder: str, accelerator: Accelerator, saved: str, resume: bool) -> dict[str, Any]:

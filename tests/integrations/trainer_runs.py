@@ -31,29 +31,33 @@ ZERO = {
 }
 
 
-def allow_fsdp_on_cpu() -> None:
-    """Accelerate turns FSDP on for accelerators only; its code runs on CPUs once it is told so."""
+def allow_sharding_on_cpu() -> None:
+    """Accelerate turns FSDP and DeepSpeed on for accelerators only; its code runs on CPUs once it is told so."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     original = AcceleratorState.__init__
 
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, deepspeed_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        elif deepspeed_plugin is not None:
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, deepspeed_plugin
+            deepspeed_plugin.set_mixed_precision("no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
+        PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = init  # type: ignore[method-assign]
 
 
 def arguments(output: Path, backend: str, ranks: int, **more: Any) -> dict[str, Any]:
     """What TrainingArguments and its subclasses are given."""
-    of_backend: dict[str, Any] = {"use_cpu": True, "ddp_find_unused_parameters": True}
+    of_backend: dict[str, Any] = {}
+    if backend != "ddp":
+        allow_sharding_on_cpu()
     if backend == "fsdp2":
-        allow_fsdp_on_cpu()
         of_backend = {
-            "use_cpu": True,
             "fsdp": True,
             "fsdp_config": {
                 "version": 2,
@@ -66,6 +70,7 @@ def arguments(output: Path, backend: str, ranks: int, **more: Any) -> dict[str, 
         of_backend = {"deepspeed": {**ZERO, "zero_optimization": {"stage": int(backend[-1])}}}
     return {
         "output_dir": str(output),
+        "use_cpu": True,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 4 // ranks,
         "max_steps": STEPS,

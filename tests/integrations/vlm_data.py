@@ -23,7 +23,12 @@ def save_pretrained(folder: Path) -> Path:
 
 
 def load_pretrained(folder: str) -> PreTrainedModel:
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    # LLaVA reads the second-last vision layer. What never has a gradient has no optimizer state, which Accelerate misses
+    # when it loads that of FSDP2, and DDP wants to be told.
+    for name in ("encoder.layers.1", "post_layernorm"):
+        model.get_submodule(f"model.vision_tower.{name}").requires_grad_(False)
+    return model
 
 
 def samples(steps: int = STEPS) -> list[dict[str, torch.Tensor]]:
@@ -40,7 +45,9 @@ def stacked(several: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPS, weight_decay=0.0)
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=EPS, weight_decay=0.0
+    )
 
 
 def result(projector: digrap_scale.Projector) -> dict[str, Any]:
