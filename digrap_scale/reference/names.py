@@ -119,7 +119,10 @@ def _plain_twin(model: Any) -> Any:
     """The same architecture without weights and wrappers (FSDP2 changes a module's class, ZeRO-3 its parameters)."""
     # Told by the class's name: this room knows no process group.
     plain = next(cls for cls in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in cls.__mro__))
-    with torch.device("meta"):
+    from transformers.modeling_utils import set_zero3_state
+
+    # Where transformers knows of a ZeRO-3 config (its Trainer's), it would partition the twin's parts and initialize them.
+    with torch.device("meta"), set_zero3_state():
         return plain(model.config)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from digrap_scale.integrations.hf_trainer import DigrapCallback
 from tests.integrations.vlm_data import (
@@ -94,6 +95,7 @@ def arguments(output: Path, backend: str, ranks: int, **more: Any) -> dict[str, 
 def train(
     folder: str, output: str, backend: str, ranks: int, resume: bool, reload: bool = True, **method: Any
 ) -> dict[str, Any]:
+    unset_hf_deepspeed_config()  # else a model built after an earlier run's arguments is built under that run's zero.Init
     middle = str(Path(output) / f"checkpoint-{STEPS // 2}")
     trainer = Trainer(
         # Names of a LLaVA's file are mapped on loading, which a resuming Trainer leaves out (sharded ones read their own).
