@@ -56,7 +56,7 @@ def result(projector: digrap_scale.Projector) -> dict[str, Any]:
     return {
         "backend": backend.name,
         "weights": {
-            spec.name.removeprefix("model.wrapped."): backend.gather(layer, weight).clone()
+            spec.name: backend.gather(layer, weight).clone()
             for layer, (spec, weight) in enumerate(zip(backend.specs, backend.weights(), strict=True))
         },
         "strength": projector.strength(),
