@@ -2,8 +2,8 @@
 
     trainer = lightning.Trainer(callbacks=[DigrapCallback(reference="path/to/pretrained", strength_lr=1e-2)])
 
-Parameters have the names that they have in the LightningModule (``model.…``): with a file of the bare model as reference,
-give ``reference_rename={"^model\\\\.": ""}``.
+Parameters have the names that they have in the LightningModule (``model.…``). A transformers model in it is found, and its
+names in a file; for another model's file, give ``reference_rename={"^model\\.": ""}``.
 """
 
 from __future__ import annotations

@@ -48,8 +48,7 @@ class Keeping(DigrapCallback):
 def fit(folder: str, output: str, ranks: int, resume: bool) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     middle = Path(output) / "middle.ckpt"
-    rename = {r"^wrapped\.": ""}
-    callback = Keeping(reference=folder, reference_rename=rename, **METHOD)
+    callback = Keeping(reference=folder, **METHOD)
     save = lightning.pytorch.callbacks.ModelCheckpoint(output, filename="middle", every_n_train_steps=STEPS // 2)
     trainer = lightning.Trainer(
         accelerator="cpu",
