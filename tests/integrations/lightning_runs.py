@@ -47,9 +47,11 @@ class Keeping(DigrapCallback):
 
 def fit(folder: str, output: str, ranks: int, resume: bool) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    middle = Path(output) / "middle.ckpt"
+    middle = Path(output) / f"step={STEPS // 2}.ckpt"
     callback = Keeping(reference=folder, **METHOD)
-    save = lightning.pytorch.callbacks.ModelCheckpoint(output, filename="middle", every_n_train_steps=STEPS // 2)
+    save = lightning.pytorch.callbacks.ModelCheckpoint(
+        output, filename="{step}", every_n_train_steps=STEPS // 2, save_top_k=-1
+    )
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -66,7 +68,10 @@ def fit(folder: str, output: str, ranks: int, resume: bool) -> dict[str, Any]:
         default_root_dir=output,
     )
     os.environ.setdefault("GROUP_RANK", "0")
-    loader = DataLoader(samples(), batch_size=1, collate_fn=stacked)
+    data = samples()
+    if resume:  # Lightning counts on where it was, but reads a loader without state from its start
+        data = data[len(data) // 2 :] + data[: len(data) // 2]
+    loader = DataLoader(data, batch_size=1, collate_fn=stacked)
     trainer.fit(Tuned(folder), loader, ckpt_path=str(middle) if resume else None)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     weights = {name.removeprefix("wrapped."): value for name, value in callback.found["weights"].items()}
