@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from .logging_checks import LOGGING_CHECKS
 from .method_checks import METHOD_CHECKS
 from .rules import Check, Path, Problem
 
@@ -346,6 +347,7 @@ CHECKS = (
     Check(("evaluation.suite_file",), _suite_file),
     Check(("evaluation.shift_degree", "evaluation.suite", "data.target"), _shift_degree),
     *METHOD_CHECKS,
+    *LOGGING_CHECKS,
 )
 
 

@@ -11,6 +11,7 @@ from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.models.build import check_model, describe_model
 from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.training.batches import describe_data
+from digrap_scale.training.trackers import missing_trackers
 
 
 def validate(config: Config) -> list[str]:
@@ -36,7 +37,7 @@ def find_problems(config: Config) -> list[str]:
         problems += [problem for problem in error.problems if problem not in problems]
     if config.evaluation.suite and config.data.classes is None and config.model.task != "vqa":
         problems.append("data.classes: expected a file, found none; evaluation.suite tells classes apart")
-    return problems + check_model(config, num_classes) + _check_reference(config)
+    return problems + check_model(config, num_classes) + _check_reference(config) + missing_trackers(config)
 
 
 def _check_reference(config: Config) -> list[str]:

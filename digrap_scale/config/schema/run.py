@@ -1,8 +1,8 @@
-"""Where a run lives, and what it shows."""
+"""Where a run lives."""
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from .base import Section, Seed, Text
 
@@ -13,11 +13,3 @@ class RunConfig(Section):
     folder: Text = Field(description="Folder of the run; holds `config.yaml`, `metrics.jsonl`, `final/`, …")
     seed: Seed = Field(default=0, description="Seed of weights, shuffling and dropout.")
     overwrite: bool = Field(default=False, description="Replace the folder of an earlier, finished or broken, run.")
-
-
-class LoggingConfig(Section):
-    """What is shown and written."""
-
-    every_steps: PositiveInt = Field(default=10, description="Steps between two lines of `metrics.jsonl`.")
-    strength_every_steps: PositiveInt = Field(default=10, description="Steps between two snapshots of ω per layer.")
-    tensorboard: bool = Field(default=True, description="Write `tensorboard/`.")
