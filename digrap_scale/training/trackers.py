@@ -7,8 +7,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from digrap_scale.checkpoint.atomic import write_file
@@ -107,28 +109,41 @@ class MlflowTracker:
 
 
 class Trackers:
-    """The trackers of a run, on rank 0. One that fails is given up, and the user told: training goes on without it."""
+    """The trackers of a run, on rank 0. They are sent to by a thread: a slow service does not slow the steps. One that
+    fails is given up, and the user told: training goes on without it.
+    """
 
     def __init__(self) -> None:
         self.open: list[Tracker] = []
+        self._failures: SimpleQueue[str] = SimpleQueue()
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trackers")
 
     def log(self, step: int, values: Mapping[str, float], tell: Callable[[str], None]) -> None:
-        """Metrics of a step, to all."""
-        for tracker in list(self.open):
-            self._attempt(tracker, lambda tracker=tracker: tracker.log(step, values), tell)  # type: ignore[misc]
+        """Metrics of a step, to all; ``tell`` hears of those that have failed since."""
+        self._to_all(lambda tracker: tracker.log(step, values))
+        self._report(tell)
 
     def close(self, state: str, tell: Callable[[str], None]) -> None:
-        """The run's end, to all."""
-        for tracker in list(self.open):
-            self._attempt(tracker, lambda tracker=tracker: tracker.close(state), tell)  # type: ignore[misc]
-        self.open = []
+        """The run's end, to all, after everything that is still to be sent."""
+        self._to_all(lambda tracker: tracker.close(state))
+        self._sender.shutdown(wait=True)
+        self._report(tell)
 
-    def _attempt(self, tracker: Tracker, action: Callable[[], None], tell: Callable[[str], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # a service's client raises what it likes
-            self.open.remove(tracker)
-            tell(f"logging.{tracker.name}: {brief(error)}; nothing more is sent there, metrics.jsonl has everything")
+    def _to_all(self, action: Callable[[Tracker], None]) -> None:
+        def send() -> None:
+            for tracker in list(self.open):
+                try:
+                    action(tracker)
+                except Exception as error:  # a service's client raises what it likes
+                    self.open.remove(tracker)
+                    self._failures.put(f"logging.{tracker.name}: {brief(error)}")
+
+        if self.open:
+            self._sender.submit(send)
+
+    def _report(self, tell: Callable[[str], None]) -> None:
+        while not self._failures.empty():
+            tell(f"{self._failures.get()}; nothing more is sent there, metrics.jsonl has everything")
 
 
 @contextmanager
