@@ -24,7 +24,8 @@ def expected(folder: str) -> dict[str, Any]:
     return plain_loop(folder)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", "zero3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_equals_a_plain_loop(folder: str, expected: dict[str, Any], backend: str, tmp_path: Path) -> None:
     for got in run_ranks(2, tmp_path / "ranks", loop_and_resume, folder, backend, 2, str(tmp_path / "saved")):
         assert got["whole"]["backend"] == backend
