@@ -252,8 +252,9 @@ class RunLog:
 
     def histograms(self, step: int, over_layers: Mapping[str, Sequence[float]]) -> None:
         """Shows in TensorBoard how values are spread over layers; name → a value a layer."""
-        for name, values in over_layers.items() if self._board is not None else ():
-            self._board.add_histogram(f"layers/{name}", torch.tensor(values), step)
+        if self._board is not None:
+            for name, values in over_layers.items():
+                self._board.add_histogram(f"layers/{name}", torch.tensor(values), step)
 
     def message(self, text: str) -> None:
         """Shows a line above the progress bar and keeps it, with its time and step, in ``messages.log``."""
