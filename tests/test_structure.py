@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: BASE | {"config"} for room in ROOMS},
     "planning": BASE | {"checkpoint", "config", "data", "method", "models", "reference", "sharding"},
     "projector": BASE | {"config", "method", "sharding", "reference"},
+    "integrations": BASE | {"config", "projector", "checkpoint", "sharding"},
     "training": BASE | {"config", "planning", "projector", "version", *ROOMS},
     "demo": BASE | {"config", "projector", "training", *ROOMS},
     "compare": BASE | {"config", "training", "demo", "version", "data", "evaluation", "checkpoint"},

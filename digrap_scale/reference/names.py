@@ -110,16 +110,32 @@ def _file_names_by_model_name(model: nn.Module, reader: SafetensorsReader) -> di
     unwrap = getattr(model, "get_base_model", None)  # PEFT's wrapper
     if unwrap is not None:
         model = unwrap()
+    prefix, found = "", model
     if not isinstance(model, transformers.PreTrainedModel):
-        return {}
-    return loaded_names(_plain_twin(model), reader.names())[0]
+        inside = _outermost(model, transformers.PreTrainedModel)
+        if len(inside) != 1:
+            return {}
+        ((prefix, found),) = inside  # in a module of somebody's own, a LightningModule
+    names = loaded_names(_plain_twin(found), reader.names())[0]
+    return {**names, **{prefix + name: of_file for name, of_file in names.items()}}
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module], prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """The modules of a kind that are in no other one of it, each with the prefix of its parameters' names."""
+    if isinstance(model, kind):
+        return [(prefix, model)]
+    children = [_outermost(child, kind, f"{prefix}{name}.") for name, child in model.named_children()]
+    return [found for several in children for found in several]
 
 
 def _plain_twin(model: Any) -> Any:
     """The same architecture without weights and wrappers (FSDP2 changes a module's class, ZeRO-3 its parameters)."""
     # Told by the class's name: this room knows no process group.
     plain = next(cls for cls in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in cls.__mro__))
-    with torch.device("meta"):
+    from transformers.modeling_utils import set_zero3_state
+
+    # Where transformers knows of a ZeRO-3 config (its Trainer's), it would partition the twin's parts and initialize them.
+    with torch.device("meta"), set_zero3_state():
         return plain(model.config)
 
 

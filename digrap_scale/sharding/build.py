@@ -69,7 +69,8 @@ def detect_backend(model: Any, optimizer: Optimizer | None) -> Backend:
         )
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner  # Accelerate's wrapper has no hooks of its own
-    if not isinstance(optimizer, Optimizer):
+    # torchtitan's container is an Optimizer, but neither its rates nor its state are those that are stepped with.
+    if not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizers", None), (list, tuple)):
         raise ConfigError(
             f"optimizer: expected one torch optimizer, found {type(optimizer).__name__}; "
             "of several, attach to each by itself"

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,11 +28,14 @@ from digrap_scale.errors import DigrapError, PeerError, Preempted, SaveError
 from digrap_scale.evaluation.layers import LAYERS_FILE, encode_layers
 from digrap_scale.evaluation.strength import STRENGTH_FILE, encode_names, encode_row, read_lines, read_strength
 from digrap_scale.projector.layers import LayerSnapshot
+from digrap_scale.training.appender import Appender as _Appender
+from digrap_scale.training.appender import trim
+from digrap_scale.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["METRICS", "METRICS_FILE", "STATUS_FILE", "RunLog", "read_metrics", "read_status", "read_strength"]
+__all__ = ["METRICS", "METRICS_FILE", "STATUS_FILE", "RunLog", "read_metrics", "read_status", "read_strength", "trim"]
 
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "strength_mean", "conflict_rate", "samples_per_second")
 METRICS_FILE = "metrics.jsonl"
@@ -70,6 +74,9 @@ class RunLog:
         start_step: steps done before (a resumed run). Lines of later steps, left by the interrupted run, are removed.
         console: where to show progress; standard error if None.
 
+    Attributes:
+        trackers: who else gets the metrics.
+
     Raises:
         SaveError: a file cannot be written.
     """
@@ -88,6 +95,7 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.trackers: Trackers | None = None
         self._writes = rank == 0
         self._total_steps, self._start_step, self._step = total_steps, start_step, start_step
         self._every_steps, self._strength_every_steps = every_steps, strength_every_steps
@@ -226,10 +234,12 @@ class RunLog:
         row.update(counters or {})
         self._line_clock, self._samples, self._skipped = now, 0, 0
         self._metrics.append(json.dumps(row) + "\n")
+        numbers = {f"train/{name}": value for name, value in _numbers(row).items() if name != "step"}
         if self._board is not None:
-            for name in METRICS[1:]:
-                if row[name] is not None:
-                    self._board.add_scalar(f"train/{name}", row[name], step)
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.log(step, numbers, self.message)
         shown = f"loss {loss:.4g} · ω {strength_mean:.3f} · {row['samples_per_second']:.0f} samples/s"
         if self._progress is not None:
             self._progress.update(self._task, shown=shown)
@@ -251,6 +261,8 @@ class RunLog:
             self._names = list(strength)
             lines = encode_names(self._names)
         self._strength.append(lines + encode_row(step, [float(value) for value in strength.values()]))
+        if self._board is not None:
+            self._board.add_histogram("layers/strength", torch.tensor(list(strength.values())), step)
 
     def layers(self, step: int, snapshot: LayerSnapshot | None) -> None:
         """Appends a snapshot of conflicts and drift. Nothing is written for no layers."""
@@ -261,6 +273,9 @@ class RunLog:
             self._layers = _Appender(self.folder / LAYERS_FILE)
             lines = encode_names(snapshot.names)
         self._layers.append(lines + encode_layers(step, snapshot.steps, snapshot.conflict_rate, snapshot.drift))
+        if self._board is not None:
+            for name, values in (("conflict_rate", snapshot.conflict_rate), ("drift", snapshot.drift)):
+                self._board.add_histogram(f"layers/{name}", torch.tensor(values), step)
 
     def message(self, text: str) -> None:
         """Shows a line above the progress bar and keeps it, with its time and step, in ``messages.log``."""
@@ -336,50 +351,19 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def _numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line, those inside of a mapping under ``its name/``."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found.update(_numbers(value, f"{prefix}{name}/"))
+        elif isinstance(value, (int, float)):
+            found[prefix + name] = value
+    return found
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-class _Appender:
-    """A file that only grows: each call adds whole lines, handed to the system at once. Raises: SaveError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] = self._guard(self._open)
-
-    def _open(self) -> IO[bytes]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return self._path.open("ab", buffering=0)
-
-    def append(self, lines: str) -> None:
-        def write() -> None:
-            left = memoryview(lines.encode())
-            while left:  # unbuffered: nothing is left to fail at closing, but a write may be partial
-                left = left[self._file.write(left) :]
-
-        self._guard(write)
-
-    def close(self) -> None:
-        self._guard(self._file.close)
-
-    def _guard(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            raise save_error(self._path, error) from error
-
-
-def trim(path: Path, last_step: int) -> None:
-    """Takes out a JSON-lines file's torn last line and its rows of steps after ``last_step``; other lines stay.
-
-    Raises:
-        ConfigError: a whole line is not a JSON object.
-        SaveError: the file cannot be written.
-    """
-    if not path.is_file():
-        return
-    kept = [json.dumps(line, ensure_ascii=False) for _, line in read_lines(path) if line.get("step", 0) <= last_step]
-    write_file(path, "".join(line + "\n" for line in kept) if last_step else "")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

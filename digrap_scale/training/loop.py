@@ -16,6 +16,7 @@ from digrap_scale.errors import NonFiniteError
 from digrap_scale.projector import Projector
 from digrap_scale.sharding.engine import Engine
 from digrap_scale.training.batches import data_counters, forwards
+from digrap_scale.training.clock import StepClock, peak_memory_bytes
 from digrap_scale.training.faults import Nobody
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.schedule import LearningRate
@@ -45,8 +46,11 @@ def train_steps(
     total_steps: int,
     keeper: BetweenSteps,
     start_step: int = 0,
+    step_done: Callable[[], None] = lambda: None,
 ) -> None:
     """Take optimizer steps up to ``total_steps``; ``batches`` never ends and yields micro-batches of this rank.
+
+    ``step_done`` is called after each step (a profiler's).
 
     Raises:
         Preempted, SaveError: see ``Keeper.after_step``.
@@ -55,6 +59,7 @@ def train_steps(
     schedule = LearningRate(engine.optimizer, config.schedule, total_steps, config.method)
     stream = iter(batches)
     cut = partial(forwards, task=task, config=config, place=place)
+    clock = StepClock(engine.device)
     engine.model.train()
     skipped_in_a_row = 0
     for step in range(start_step + 1, total_steps + 1):
@@ -63,10 +68,12 @@ def train_steps(
             log.message(
                 f"step {step}: the probe is over; from here on everything trains, and the optimizer starts anew"
             )
-        loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step), cut)
+        clock.start_step(log.due(step))
+        loss = accumulate(engine, projector, task, stream, partial(keeper.watch.at, step), cut, clock)
         keeper.watch.at(step, "optimizer step")
         seen = projector.report.step
-        engine.step()
+        with clock.part("optimizer"):
+            engine.step()
         if engine.skips_steps and projector.report.step == seen:
             projector.note_engine_skip()
         report = projector.report
@@ -92,12 +99,17 @@ def train_steps(
                 grad_norm=report.grad_norm,
                 strength_mean=report.strength_mean,
                 conflict_rate=report.conflict_rate,
-                counters=data_counters(batches, config, place),
+                counters={
+                    **data_counters(batches, config, place),
+                    "seconds": clock.take(),
+                    "peak_memory_bytes": place.largest(peak_memory_bytes(engine.device)),
+                },
             )
         if projector.method.has_strength and log.strength_due(step):
             log.strength(step, projector.strength())
         if log.layers_due(step):
             log.layers(step, projector.layers.take())
+        step_done()
         keeper.after_step(step)
 
 
@@ -108,25 +120,31 @@ def accumulate(
     stream: Iterator[Batch],
     tell: Callable[[str], None] = lambda _: None,
     cut: Callable[[Batch], list[tuple[Batch, float]]] = lambda batch: [(batch, 1.0)],
+    clock: StepClock | None = None,
 ) -> torch.Tensor:
     """Forward and backward of one step's micro-batches. Returns this rank's mean loss, a detached float32 scalar.
 
     Args:
         tell: is told what this rank is about to do.
         cut: micro-batch → the forwards that it takes, and each one's share of its loss; see ``batches.forwards``.
+        clock: measures the parts.
     """
+    clock = clock or StepClock(engine.device)
     total = torch.zeros((), device=engine.device)
     for part in range(engine.accumulation_steps):
         tell("data")
-        pieces = cut(next(stream))
+        with clock.part("data"):
+            pieces = cut(next(stream))
         tell("forward and backward")
         for number, (batch, share) in enumerate(pieces):
             batch = prepared(engine, batch)
             last = part == engine.accumulation_steps - 1 and number == len(pieces) - 1
             projector.expect_step(last)
             with engine.micro_step(last=last):
-                loss = task.loss(engine.model, batch) * share
-                engine.backward(loss)
+                with clock.part("forward"):
+                    loss = task.loss(engine.model, batch) * share
+                with clock.part("backward"):
+                    engine.backward(loss)
             total += loss.detach().float()
     return total / engine.accumulation_steps
 

@@ -21,6 +21,7 @@ from digrap_scale.training.batches import (
     training_patterns,
 )
 from digrap_scale.training.build_run import attach_projector, build_run
+from digrap_scale.training.clock import profiling
 from digrap_scale.training.environment import note_environment
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.faults import Nobody, StopRequest, Watch
@@ -30,6 +31,7 @@ from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
 from digrap_scale.training.setup import Place, choose_operators, collective_timeout_s, peer_errors, place, shared_store
+from digrap_scale.training.trackers import tracking
 from digrap_scale.training.wise_ft import check_interpolation, interpolated_rows
 
 
@@ -68,6 +70,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
         ) as log,
         watching(config, here, log, watches) as watch,
         peer_errors(watch.diagnosis),
+        tracking(config, folder, here, start_step > 0, log.message) as log.trackers,
     ):
         for line in start.notes:
             log.message(line)
@@ -84,7 +87,20 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
             if checkpoint is not None:
                 keeper.load(checkpoint, log.message)
                 log.message(f"resumed from {checkpoint.folder.name}")
-            train_steps(run.engine, projector, train_task, batches, log, config, here, total_steps, keeper, start_step)
+            with profiling(config.logging.profiler, folder, here.rank) as step_done:
+                train_steps(
+                    run.engine,
+                    projector,
+                    train_task,
+                    batches,
+                    log,
+                    config,
+                    here,
+                    total_steps,
+                    keeper,
+                    start_step,
+                    step_done,
+                )
         projector.detach()
         if config.checkpoint.final:
             save_final(run, folder / "final", here)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.dcp import StoredParts
 from digrap_scale.checkpoint.layout import Checkpoint
+from digrap_scale.checkpoint.method_state import method_tensors, read_method_state, read_tensors
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.rng import capture_generators, restore_generators
 from digrap_scale.checkpoint.save import Contents
@@ -87,16 +86,14 @@ class RunState:
             "engine": engine.extra_state(),
             "versions": _versions(),
         }
+        method_of_layers, method_notes = method_tensors(method, previous=False)
         return Contents(
             step=step,
             state=state,
             config=dump_config(config),
             parts=parts,
-            method={
-                **{f"{key}/{name}": v.clone() for key, of in method["layers"].items() for name, v in of.items()},
-                **{f"last_step/{name}": value.clone() for name, value in method["last_step"].items()},
-            },
-            method_notes={"method": json.dumps({key: method[key] for key in ("method", "step", "scalars")})},
+            method=method_of_layers,
+            method_notes=method_notes,
             generators=capture_generators(),
             write_model=lambda folder: save_small_files(self._run, folder),
             write_native=engine.native_writer() if config.checkpoint.deepspeed_native else None,
@@ -135,7 +132,7 @@ class RunState:
         _refuse_other_base(folder, frozen, frozen_stored)
         load_buffers(engine, buffers)
         optimizer.finish()
-        projector.load_state_dict({**_read_method(folder / layout.METHOD), "previous": previous}, gathered=False)
+        projector.load_state_dict({**read_method_state(folder / layout.METHOD), "previous": previous}, gathered=False)
         engine.load_extra_state(state["engine"])
 
     def _restore_generators(self, checkpoint: Checkpoint, message: Callable[[str], None]) -> None:
@@ -148,7 +145,7 @@ class RunState:
                 f"{here.world_size}: dropout draws other numbers from here on"
             )
             return
-        restore_generators(_read_tensors(layout.rng_file(checkpoint.folder, here.rank))[0])
+        restore_generators(read_tensors(layout.rng_file(checkpoint.folder, here.rank))[0])
 
     def _check(self, checkpoint: Checkpoint) -> None:
         folder, state = checkpoint.folder, checkpoint.state
@@ -206,28 +203,6 @@ def _refuse_other_base(folder: Path, live: list[TensorPart], stored: list[Tensor
             raise CheckpointError(
                 f"{folder}: the frozen weight {name} differs from that of model.path; resume with the model of then"
             )
-
-
-def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(file), framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
-
-
-def _read_method(file: Path) -> dict[str, Any]:
-    tensors, notes = _read_tensors(file)
-    try:
-        method: dict[str, Any] = json.loads(notes["method"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: its header lacks the method's name and numbers") from error
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        layers.setdefault(kind, {})[name] = tensor
-    last_step = layers.pop("last_step", {})
-    return {**method, "layers": layers, "last_step": last_step}
 
 
 def _versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from digrap_scale.planning.weights import read_model
 from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.sharding.deepspeed_json import json_problems
 from digrap_scale.training.batches import count_steps, describe_data, open_training_data
+from digrap_scale.training.trackers import missing_trackers
 
 
 def validate(config: Config, world_size: int | None = None) -> list[str]:
@@ -53,7 +54,13 @@ def find_problems(config: Config) -> list[str]:
         problems += [problem for problem in error.problems if problem not in problems]
     if config.evaluation.suite and config.data.classes is None and config.model.task != "vqa":
         problems.append("data.classes: expected a file, found none; evaluation.suite tells classes apart")
-    return problems + check_model(config, num_classes) + _check_reference(config) + json_problems(config)
+    return (
+        problems
+        + check_model(config, num_classes)
+        + _check_reference(config)
+        + json_problems(config)
+        + missing_trackers(config)
+    )
 
 
 def _check_reference(config: Config) -> list[str]:

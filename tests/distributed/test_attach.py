@@ -453,6 +453,19 @@ def call(**changes: Any) -> Callable[[Path], None]:
     return attach
 
 
+class Container(torch.optim.AdamW):
+    """As torchtitan's: an optimizer of all parameters that steps others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters())
+        self.optimizers = [sgd(model)]
+
+
+def container(_: Path) -> None:
+    model = make_toy()
+    digrap_scale.attach(model, Container(model), reference="initial")
+
+
 def foreign_optimizer(_: Path) -> None:
     digrap_scale.attach(make_toy(), sgd(make_toy()), reference="initial")
 
@@ -557,6 +570,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
     ),
     ("two optimizers", two_optimizers, ConfigError, "optimizer: expected one torch optimizer, found list"),
     ("twice", attached_twice, ConfigError, "this optimizer has a projector already; call its detach() first"),
+    ("container", container, ConfigError, "expected one torch optimizer, found Container; of several, attach to each"),
     ("foreign", foreign_optimizer, ConfigError, "the optimizer trains 15 tensors that are no parameters of the model"),
     ("frozen", nothing_trains, ConfigError, "the optimizer trains no parameter of the model"),
     ("strides", strided_weight, ConfigError, "weight: its memory is not contiguous"),

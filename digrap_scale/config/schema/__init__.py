@@ -10,6 +10,7 @@ from digrap_scale.config.checks import CROSS_FIELD, cross_field_problems
 from .base import Section, check_regex
 from .data import DataConfig, HoldOutConfig
 from .evaluation import EvaluationConfig, GenerationConfig, ShiftDegreeConfig, SuiteEntry
+from .logging import LoggingConfig, MlflowConfig, ProfilerConfig, WandbConfig
 from .method import (
     DiGraPMethod,
     DiGraPUpdateMethod,
@@ -25,7 +26,7 @@ from .method import (
 )
 from .model import LoraConfig, ModelConfig
 from .optimizer import OptimizerConfig, ParameterGroupConfig, ScheduleConfig
-from .run import LoggingConfig, RunConfig
+from .run import RunConfig
 from .sharding import ShardingConfig, ZeroConfig
 from .training import CheckpointConfig, TrainingConfig
 
@@ -45,11 +46,13 @@ __all__ = [
     "LoggingConfig",
     "LoraConfig",
     "MethodConfig",
+    "MlflowConfig",
     "ModelConfig",
     "NoMethod",
     "OptimizerConfig",
     "PCGradMethod",
     "ParameterGroupConfig",
+    "ProfilerConfig",
     "ReferenceConfig",
     "RunConfig",
     "SPDMethod",
@@ -59,6 +62,7 @@ __all__ = [
     "ShiftDegreeConfig",
     "SuiteEntry",
     "TrainingConfig",
+    "WandbConfig",
     "ZeroConfig",
     "check_regex",
 ]

@@ -1,8 +1,8 @@
-"""Where a run lives, and what it shows."""
+"""Where a run lives."""
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from .base import Section, Seed, Text
 
@@ -19,18 +19,3 @@ class RunConfig(Section):
         ),
     )
     overwrite: bool = Field(default=False, description="Replace the folder of an earlier, finished or broken, run.")
-
-
-class LoggingConfig(Section):
-    """What is shown and written."""
-
-    every_steps: PositiveInt = Field(default=10, description="Steps between two lines of `metrics.jsonl`.")
-    strength_every_steps: PositiveInt = Field(default=10, description="Steps between two snapshots of ω per layer.")
-    layers_every_steps: PositiveInt | None = Field(
-        default=None,
-        description=(
-            "Steps between two lines of `layers.jsonl`: each layer's conflict rate and drift from the reference (which is then "
-            "held also by methods that do not need it); empty: not written."
-        ),
-    )
-    tensorboard: bool = Field(default=True, description="Write `tensorboard/`.")
