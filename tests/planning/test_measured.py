@@ -37,7 +37,7 @@ CASES: list[dict[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_states_are_what_is_measured(ranks: int, tmp_path: Path) -> None:
     save_model(tmp_path)
     texts = [run_of(tmp_path, **case) for case in CASES]
