@@ -186,3 +186,21 @@ def test_what_we_use_of_transformers() -> None:
 def test_tied_aliases() -> None:
     assert tied_aliases(Small(tie=True))["embed.weight"] == ["embed.weight", "out.weight"]
     assert tied_aliases(Small())["embed.weight"] == ["embed.weight"]
+
+
+def test_a_transformers_model_inside_another_module(tmp_path: Path) -> None:
+    """A LightningModule, or one's own: the names in the file are found, whatever the attribute is called."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"vlm": make_vlm("llava")})
+            self.head = nn.Linear(2, 2)
+
+    outer, folder = Outer(), save_vlm("llava", tmp_path)
+    inside = match(outer.inner["vlm"], folder)
+    found = match(outer, folder, exempt=("head.weight", "head.bias"))
+    assert found == {f"inner.vlm.{name}": of_file for name, of_file in inside.items()}
+    assert any(name not in of_file for name, of_file in inside.items()), "no name differs: nothing was tested"
+    renamed = match(outer, folder, {r"^inner\.vlm\.": ""}, exempt=("head.weight", "head.bias"))
+    assert renamed == found
