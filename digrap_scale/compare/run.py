@@ -260,7 +260,7 @@ def _report(comparison: Comparison, out: Path, console: Console) -> None:
     tables = tables_of(comparison)
     files = write_all(comparison, tables, draw(comparison), out)
     for table in tables:
-        console.print(terminal(table))
+        console.print(terminal(table, console.width))
     _show(console, comparison.notes)
     console.print(f"written: {', '.join(str(file) for file in files)}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {out / REPORT}", markup=False, highlight=False, soft_wrap=True)
