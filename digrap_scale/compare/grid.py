@@ -121,7 +121,12 @@ class TrialMaker:
         values["run.seed"] = seed
         if wise is not None and wise.of == method:
             values["evaluation.interpolate_alphas"] = list(wise.alphas)
-        return self._trial(domain, method, setting, seed, values, "train")
+        trial = self._trial(domain, method, setting, seed, values, "train")
+        if trial.config.evaluation.interpolate_alphas and trial.config.model.new_head:
+            raise ConfigError(
+                f"{self._origin}: wise_ft: expected nothing with model.new_head; there is nothing to interpolate the head with"
+            )
+        return trial
 
     def zero_shot(self, domain: str) -> Trial:
         """The evaluation of the pre-trained weights. Raises: ConfigError: as above."""

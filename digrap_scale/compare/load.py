@@ -68,7 +68,7 @@ def _explain(item: Any, raw: Raw) -> None:
     expected = describe(annotation, metadata) if annotation is not None else "another value"
     found = "nothing"
     if item["type"] != "missing":
-        kind = {dict: "a mapping", list: "a list"}.get(type(value))
+        kind = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else None
         found = kind or f"`{one_line(raw.texts.get(path, str(value)), MAX_SHOWN)}`"
     raw.complain(path, f"{dotted(path)}: expected {expected}, found {found}")
 
@@ -76,16 +76,13 @@ def _explain(item: Any, raw: Raw) -> None:
 def _written(loc: tuple[str | int, ...], data: Any) -> tuple[Path, Any]:
     """The part of pydantic's location that the user wrote, and the value there."""
     path: Path = ()
+    current: Any = data
     for part in loc:
-        if (
-            isinstance(data, dict)
-            and part in data
-            or isinstance(data, list)
-            and isinstance(part, int)
-            and part < len(data)
-        ):
-            data, path = data[part], (*path, part)
-    return path, data
+        in_mapping = isinstance(current, dict) and part in current
+        in_list = isinstance(current, list) and isinstance(part, int) and part < len(current)
+        if in_mapping or in_list:
+            current, path = current[part], (*path, part)
+    return path, current
 
 
 def _cross_field(grid: GridConfig) -> Iterable[tuple[Path, str]]:

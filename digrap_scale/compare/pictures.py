@@ -62,7 +62,14 @@ def id_against_ood(comparison: Comparison) -> bytes:
             label=f"{WISE_FT}, all α",
         )
         for alpha, point in zip(comparison.curve, points, strict=True):
-            axes.annotate(f"{alpha:g}", point, xytext=(4, -8), textcoords="offset points", fontsize=7, color="#777777")
+            axes.annotate(
+                f"{alpha:g}",
+                (point[0], point[1]),
+                xytext=(4, -8),
+                textcoords="offset points",
+                fontsize=7,
+                color="#777777",
+            )
     axes.set_xlabel("ID accuracy (%)")
     axes.set_ylabel("OOD mean accuracy (%)")
     clean(axes, grid="both")
@@ -208,5 +215,5 @@ def layer_map(
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, fraction=0.08, pad=0.03, aspect=28)
     bar.set_label(title)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return png(figure)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from digrap_scale.checkpoint.atomic import save_error, write_file
+from digrap_scale.compare.grid import describe_setting
 from digrap_scale.compare.results import Comparison
 from digrap_scale.compare.table import Cell, Table, markdown, stored
 
@@ -98,6 +99,7 @@ def html(comparison: Comparison, tables: Sequence[Table], pictures: Mapping[str,
     body.append(
         "<h2>What was done</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in comparison.notes) + "</ul>"
     )
+    body.append(_search(comparison))
     for name, content in pictures.items():
         data = base64.b64encode(content).decode()
         caption = escape(caption_of(name))
@@ -126,6 +128,21 @@ def _table(table: Table, baseline: str) -> str:
         f"<h2>{escape(table.title)}</h2><p>Accuracy in percent, mean ± standard error over seeds{escape(how)}. Bold: the best of "
         f"its column, where that interval excludes 0.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _search(comparison: Comparison) -> str:
+    """Everything that was tried, with what it was judged by."""
+    lines = []
+    for point in comparison.points:
+        validation = ", ".join(f"{100 * one:.1f}" for one in point.validation)
+        cells = (point.domain, point.method, describe_setting(point.setting) or "–", validation)
+        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{text}</th>" for text in ("domain", "method", "setting", "ID validation of each seed (%)"))
+    return (
+        f"<details><summary>The search: {len(lines)} settings, and what they were judged by</summary>"
+        f'<div class="scroll"><table class="search"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        "</details>"
     )
 
 

@@ -238,7 +238,7 @@ class _Plan:
         }
         searched = [seed for seed in self._seeds() if seed in found] or list(found)
         best = select({alpha: [validation_of(of_seed[s]) for s in searched] for alpha, of_seed in of_alpha.items()})
-        row.results[domain] = dict(of_alpha[best])
+        row.results[domain] = {seed: result for seed, result in of_alpha[best].items()}
         row.settings[domain] = f"α {best:g}"
         for alpha, of_seed in of_alpha.items():
             curve.setdefault(alpha, {})[domain] = list(of_seed.values())
@@ -260,7 +260,7 @@ def _report(comparison: Comparison, out: Path, console: Console) -> None:
     tables = tables_of(comparison)
     files = write_all(comparison, tables, draw(comparison), out)
     for table in tables:
-        console.print(terminal(table))
+        console.print(terminal(table, console.width))
     _show(console, comparison.notes)
     console.print(f"written: {', '.join(str(file) for file in files)}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {out / REPORT}", markup=False, highlight=False, soft_wrap=True)

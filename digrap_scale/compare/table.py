@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 
-from digrap_scale.compare.results import Comparison, Row, by_seed, columns_of, means_of, value
+from digrap_scale.compare.results import MEANS, Comparison, Row, by_seed, columns_of, means_of, value
 from digrap_scale.compare.statistics import Difference, mean_and_error, paired_difference
 from digrap_scale.evaluation.suite import SuiteResult
 
@@ -136,15 +138,26 @@ def _difference(one: Results, base: Results, column: str, comparison: Comparison
     return paired_difference(pairs, confidence=comparison.confidence, samples=comparison.bootstrap_samples)
 
 
-def terminal(table: Table) -> RichTable:
-    """For a rich console; the difference in the mean OOD stands last."""
+def terminal(table: Table, width: int) -> RichTable:
+    """For a rich console ``width`` characters wide: where all columns do not fit, without the single OOD sets.
+
+    The paired difference in the OOD mean stands last.
+    """
+    ruler = Console(width=10_000)
+    whole = _rich(table, list(range(len(table.columns))))
+    if Measurement.get(ruler, ruler.options, whole).maximum <= width:
+        return whole
+    return _rich(table, [0, *(i for i, column in enumerate(table.columns) if i > 0 and column in MEANS)])
+
+
+def _rich(table: Table, chosen: Sequence[int]) -> RichTable:
     shown = RichTable(title=f"{table.title}: accuracy in percent", header_style="bold", title_justify="left")
     shown.add_column("method", no_wrap=True)
-    for column in table.columns:
-        shown.add_column(escape(column.replace(" ", "\n", 1)), justify="right", no_wrap=True)
+    for number in chosen:
+        shown.add_column(escape(table.columns[number].replace(" ", "\n", 1)), justify="right", no_wrap=True)
     shown.add_column("OOD, paired\ndifference", justify="right", no_wrap=True)
     for name, line in zip(table.rows, table.cells, strict=True):
-        cells = [f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in line]
+        cells = [f"[bold]{line[number].text}[/bold]" if line[number].best else line[number].text for number in chosen]
         shown.add_row(escape(name), *cells, escape(line[-1].difference_text))
     return shown
 

@@ -20,7 +20,7 @@ from digrap_scale.evaluation.shift import ShiftDegrees, measure_shift
 from digrap_scale.evaluation.suite import Shift, SuiteResult, evaluate_suite, evaluation_mode
 from digrap_scale.models.embeddings import build_embed
 from digrap_scale.sharding.engine import Engine
-from digrap_scale.training.batches import open_training_data, open_validation, training_patterns
+from digrap_scale.training.batches import Once, open_training_data, open_validation, training_patterns
 from digrap_scale.training.build_run import BuiltRun, build_run
 from digrap_scale.training.loop import prepared
 from digrap_scale.training.prepare import refuse
@@ -86,19 +86,19 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
 
 def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[str, Iterable[Batch]]) -> ShiftDegrees:
     """How far each test set is from the training set, with the run's weights as they are. Collective."""
-    training = _loader(run, config, here, _shift_shards(config, here))
+    training = _loader(run, config, here, _shift_shards(config, here.on_rank_0))
     model = run.engine.model
     with evaluation_mode(model):
         embed = build_embed(config.model.task, run.engine.module)
         return measure_shift(model, embed, training, loaders, device=here.device, reduce_=here.sum_)
 
 
-def _shift_shards(config: Config, here: Place) -> ShardSet:
+def _shift_shards(config: Config, once: Once = lambda action: action()) -> ShardSet:
     """The training shards that shifts are measured against: all, or enough of them, drawn by the run's seed."""
     if config.data.hold_out is None:
         shards = open_shards(training_patterns(config), config.data)
     else:
-        shards = join([source.shards for source in open_training_data(config, here.on_rank_0)])
+        shards = join([source.shards for source in open_training_data(config, once)])
     assert config.evaluation.shift_degree is not None
     wanted = config.evaluation.shift_degree.train_samples
     if wanted is None or wanted >= shards.samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
 
 from digrap_scale.cli import main
 from digrap_scale.compare.grid import Trial
+from digrap_scale.compare.run import compare
 from tests.compare.grids import MadeUp, grid_of, made_up, write_grid
 
 __all__ = ["made_up"]  # a fixture
@@ -204,3 +207,11 @@ def test_the_choice_of_zero_shot_needs_no_seed_and_no_training(tmp_path: Path, m
     runs = made_up(numbers)
     assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
     assert [trial.verb for trial in runs.ran if trial.seed is None] == ["evaluate"]
+
+
+def test_a_narrow_terminal_keeps_id_and_means(tmp_path: Path, made_up: Use) -> None:
+    made_up(numbers)
+    console = Console(width=90, file=(file := io.StringIO()))
+    compare(write_grid(tmp_path, grid_of(tmp_path)), console=console)
+    table = file.getvalue().split("·")[0]
+    assert "sketch" not in table and "53.5 ± 0.5" in table and "+5.5 [+5.5, +5.5]" in table and "…" not in table

@@ -15,7 +15,7 @@ from digrap_scale.config import parse_config
 from digrap_scale.config.load import dump_config
 from digrap_scale.data.check import check_data
 from digrap_scale.errors import ConfigError
-from tests.compare.grids import grid_of, write_grid
+from tests.compare.grids import base_of, grid_of, write_grid
 
 
 def problems(folder: Path, **changes: Any) -> list[str]:
@@ -79,6 +79,19 @@ def test_the_trials_configs_are_checked_at_once(tmp_path: Path) -> None:
 def test_a_trial_must_be_comparable(tmp_path: Path, domain: dict[str, Any], expected: str) -> None:
     found = problems(tmp_path, domains={"d": domain})
     assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "zero_shot: expected `false` with model.new_head"),
+        ({"wise_ft": {"of": "FT", "alphas": [0.5]}}, "wise_ft: expected nothing with model.new_head"),
+    ],
+)
+def test_a_new_head_has_no_pretrained_weights(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    base = base_of(tmp_path)
+    base["model"]["new_head"] = True
+    assert any(expected in line for line in problems(tmp_path, base=base, **changes))
 
 
 def test_the_budget_is_the_same_for_all(tmp_path: Path) -> None:

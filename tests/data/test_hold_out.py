@@ -21,9 +21,11 @@ from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.errors import CheckpointError, ConfigError
 from tests.config.base import BASE, problems
 from tests.data.samples import NumberTask, make_samples, raw_tar, sample_members
+from tests.data.vqa_samples import vqa_shard
 from tests.distributed.ranks import run_ranks
 from tests.distributed.resume_runs import run_here
-from tests.models.tiny import save_vit
+from tests.models.tiny import save_clip, save_vit
+from tests.models.tiny_vlm import save_tiny_vlm
 
 SETTINGS = HoldOutConfig(fraction=0.3, seed=4)
 SAMPLES = 101
@@ -204,3 +206,22 @@ def test_a_mixture_withholds_of_every_source(folder: Path) -> None:
     config = parse_config(yaml.safe_dump(values))
     assert open_validation(config).samples == len(held_of(72))
     assert sum(source.shards.samples for source in open_training_data(config)) == 72 - len(held_of(72))
+
+
+def test_answers_and_captioned_classes_are_measured_too(folder: Path) -> None:
+    """The other tasks: a small VLM that is asked, and a small CLIP that tells classes apart."""
+    shard = str(vqa_shard(folder / "asked" / "train-000000.tar", [1, 2, 0, 1, 1, 1, 1, 1]))
+    values = values_of(folder, "vqa")
+    suite = [{"name": "same", "shards": [shard], "shift": "id"}]
+    values["model"] = {"path": str(save_tiny_vlm("llava", folder / "llava")), "task": "vqa"}
+    values["data"] = {"train": [shard], "hold_out": {"fraction": 0.5, "seed": 1}}
+    values["evaluation"] = {"suite": suite, "generation": {"max_new_tokens": 2}}
+    values["training"] = {"steps": 1, "global_batch_samples": 2}
+    run_here(values)
+    sets = results(folder / "vqa")["sets"]
+    assert 0 < sets["validation"]["samples"] < 8 == sets["same"]["samples"] and sets["validation"]["class_accuracy"]
+    values = values_of(folder, "clip")
+    values["model"] = {"path": str(save_clip(folder / "clip-model")), "task": "contrastive"}
+    values["training"] = {"steps": 1, "global_batch_samples": 2}
+    run_here(values)
+    assert results(folder / "clip")["sets"]["validation"]["samples"] == len(held_of(60))
