@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from digrap_scale.compare import run
 from digrap_scale.compare.grid import Trial
 from digrap_scale.config.strict_yaml import dump
 from digrap_scale.data.shards import write_shards
@@ -103,32 +104,34 @@ class MadeUp:
             if self.fails(trial):
                 failed[trial] = "exit 1: made up"
                 continue
-            run = trial.folder / "run"
+            folder = trial.folder / "run"
             rows = [ReportRow(f"row {i}", result_of(tenths)) for i, tenths in enumerate(self.numbers(trial))]
-            place = run if trial.verb == "train" else run / "evaluation"
+            place = folder if trial.verb == "train" else folder / "evaluation"
             place.mkdir(parents=True)
             (place / "results.json").write_text(to_json(rows, []))
-            (run / "status.json").write_text('{"state": "done"}')
+            (folder / "status.json").write_text('{"state": "done"}')
             if trial.verb == "train":
-                self._layers(run)
+                self._layers(folder)
         return failed
 
     @staticmethod
-    def _layers(run: Path) -> None:
+    def _layers(folder: Path) -> None:
         names = ["stem.weight", "layers.0.weight", "layers.1.weight"]
         rows = [encode_layers(step, 2, [0.5, 1.0, 0.0], [0.1 * step, 0.2, 0.3]) for step in (2, 4)]
-        (run / "layers.jsonl").write_text(encode_names(names) + "".join(rows))
-        (run / STRENGTH_FILE).parent.mkdir()
+        (folder / "layers.jsonl").write_text(encode_names(names) + "".join(rows))
+        (folder / STRENGTH_FILE).parent.mkdir()
         strengths = [encode_row(step, [0.1, 0.2, 0.3]) for step in (2, 4)]
-        (run / STRENGTH_FILE).write_text(encode_names(names) + "".join(strengths))
+        (folder / STRENGTH_FILE).write_text(encode_names(names) + "".join(strengths))
 
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MadeUp]:
-    """Put made-up runs in the place of real ones."""
+    """Put made-up runs in the place of real ones; nothing is drawn unless asked for, which takes most of a test's time."""
+    draw = run.draw
 
-    def use(numbers: Numbers, fails: Callable[[Trial], bool] = lambda _: False) -> MadeUp:
+    def use(numbers: Numbers, fails: Callable[[Trial], bool] = lambda _: False, pictures: bool = False) -> MadeUp:
         made = MadeUp(numbers, fails)
+        monkeypatch.setattr("digrap_scale.compare.run.draw", draw if pictures else lambda _: {})
         monkeypatch.setattr("digrap_scale.compare.run.run_trials", made)
         return made
 

@@ -47,7 +47,7 @@ def cells(folder: Path, table: int, method: str) -> dict[str, Any]:
 def test_id_validation_selects_and_nothing_else(
     tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = made_up(numbers)
+    runs = made_up(numbers, pictures=True)
     assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
     # Search: 2 FT, 4 DiGraP on seed 0, and zero-shot; then the chosen ones on seed 1.
     assert len(runs.ran) == 7 + 2
@@ -164,7 +164,7 @@ def test_domains_select_by_themselves_and_are_averaged(tmp_path: Path, made_up: 
             validation = 1000 - validation  # the other settings win
         return [[validation, *(number - lower for number in rest)]]
 
-    runs = made_up(of_domain)
+    runs = made_up(of_domain, pictures=True)
     grid = grid_of(tmp_path, domains={"a": {"data.train": ["a-*.tar"]}, "b": {"data.train": ["b-*.tar"]}})
     assert main(["compare", write_grid(tmp_path, grid)]) == 0
     assert len(runs.ran) == 2 * 9

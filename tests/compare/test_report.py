@@ -28,7 +28,7 @@ def report(tmp_path: Path, made_up: Use) -> Path:
         rows = [list(numbers(trial)[0])]
         return rows + [[100, 200, 400, 400], rows[0]] if trial.method == "FT" else rows
 
-    made_up(of_three, fails=lambda trial: ("method.strength_lr", 0.01) in trial.setting)
+    made_up(of_three, fails=lambda trial: ("method.strength_lr", 0.01) in trial.setting, pictures=True)
     grid = grid_of(tmp_path, wise_ft={"of": "FT", "alphas": [0.0, 1.0]})
     grid["methods"]["a <b> & c"] = {"method": {"name": "l2sp", "weight": 0.1}, "search": {"method.weight": [0.1, 1.0]}}
     assert main(["compare", write_grid(tmp_path, grid)]) == 1
