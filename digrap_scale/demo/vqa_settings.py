@@ -24,7 +24,8 @@ LORA = {
     "alpha": 16.0,
     "target_modules": r".*(language_model.*\.(q|k|v|o|gate|up|down)_proj|multi_modal_projector\.linear_\d)",
 }
-LEARNING_RATES = {"full": 1e-3, "LoRA": 5e-3}
+# In 100 steps: at 1e-3 full fine-tuning ends below zero-shot, even in its own style.
+LEARNING_RATES = {"full": 1e-4, "LoRA": 5e-3}
 
 
 def write_sets(folder: Path) -> None:
