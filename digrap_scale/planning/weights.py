@@ -107,15 +107,14 @@ def read_model(config: Config, num_classes: int | None) -> PlannedModel:
     head = getattr(config.method, "head", None)
     if head is not None and not head:  # linear probing of what starts new
         freeze_body(module, config.method, new)
-    method = METHODS[config.method.name]
+    # As `attach_projector` has it: to measure layers takes the reference, whatever the method.
+    referenced = METHODS[config.method.name].uses_reference or config.logging.layers_every_steps is not None
     groups = build_groups(module, config.optimizer, new if head is not None else ())
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     block_of = _blocks(module, config, notes)
     named = list(module.named_parameters())
     wanted = [
-        name
-        for name, p in named
-        if p.requires_grad and method.uses_reference and name not in new and not _ADAPTER.search(name)
+        name for name, p in named if p.requires_grad and referenced and name not in new and not _ADAPTER.search(name)
     ]
     widths = _reference_widths(config, folder, module, wanted, notes)
     weights = [
@@ -126,7 +125,7 @@ def read_model(config: Config, num_classes: int | None) -> PlannedModel:
             group_of.get(id(p), -1),
             block_of.get(id(p), ROOT_BLOCK),
             widths.get(name, 0),
-            p.requires_grad and method.uses_reference and name not in new,
+            p.requires_grad and referenced and name not in new,
         )
         for name, p in named
     ]

@@ -90,9 +90,7 @@ def attach_projector(run: BuiltRun, config: Config) -> Projector:
     source = config.reference.source
     method = from_config(config.method, run.built.head)
     if config.logging.layers_every_steps is not None:
-        method.uses_reference = (
-            True  # to measure how far layers are from it, also for a method that does not look at it
-        )
+        method.uses_reference = True  # also of a method that does not look at it: to measure how far layers are from it
     reference: str | Path | None = run.built.checkpoint_folder if source == "pretrained" else source
     if config.model.lora is not None and source == "pretrained" and not config.model.lora.modules_to_save:
         reference = None  # adapters only: their reference is zero, the base's is not needed
