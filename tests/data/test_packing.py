@@ -35,7 +35,9 @@ def float32_grads(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch
 def assert_same_grads(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        # Sums of other lengths round otherwise: small elements of a tensor by what its large ones round by.
+        atol = max(1e-6, 2e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(
