@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
 from digrap_scale.integrations.lightning_callback import DigrapCallback
@@ -56,7 +57,7 @@ def fit(folder: str, output: str, ranks: int, resume: bool) -> dict[str, Any]:
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        plugins=[lightning.pytorch.plugins.environments.TorchElasticEnvironment()] if ranks > 1 else [],
+        plugins=[TorchElasticEnvironment()] if ranks > 1 else [],
         max_steps=STEPS,
         accumulate_grad_batches=4 // ranks,
         gradient_clip_val=MAX_GRAD_NORM,
