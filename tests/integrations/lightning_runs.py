@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
 from digrap_scale.integrations.lightning_callback import DigrapCallback
@@ -56,8 +57,9 @@ def fit(folder: str, output: str, ranks: int, resume: bool) -> dict[str, Any]:
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        plugins=[lightning.pytorch.plugins.environments.TorchElasticEnvironment()] if ranks > 1 else [],
+        plugins=[TorchElasticEnvironment()] if ranks > 1 else [],
         max_steps=STEPS,
+        use_distributed_sampler=False,  # Lightning's own shuffles
         accumulate_grad_batches=4 // ranks,
         gradient_clip_val=MAX_GRAD_NORM,
         callbacks=[callback] if resume else [callback, save],
@@ -71,7 +73,7 @@ def fit(folder: str, output: str, ranks: int, resume: bool) -> dict[str, Any]:
     data = samples()
     if resume:  # Lightning counts on where it was, but reads a loader without state from its start
         data = data[len(data) // 2 :] + data[: len(data) // 2]
-    loader = DataLoader(data, batch_size=1, collate_fn=stacked)
+    loader = DataLoader(data[int(os.environ.get("RANK", "0")) :: ranks], batch_size=1, collate_fn=stacked)
     trainer.fit(Tuned(folder), loader, ckpt_path=str(middle) if resume else None)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     weights = {name.removeprefix("wrapped."): value for name, value in callback.found["weights"].items()}

@@ -50,7 +50,9 @@ def test_equals_a_plain_loop(folder: str, expected: dict[str, Any], backend: str
         assert_same(got["resumed"], got["whole"], atol=1e-6)
         lines = [line for line in got["whole"]["history"] if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-        assert lines[-1]["strength_mean"] > 0 and lines[-1]["conflict_rate"] == expected["conflict_rate"]
+        assert lines[-1]["strength_mean"] > 0 and lines[-1]["conflict_rate"] == pytest.approx(
+            expected["conflict_rate"], abs=0.05
+        )
     saved = output / f"checkpoint-{STEPS}"
     history = json.loads((saved / "trainer_state.json").read_text())["log_history"]
     assert all("strength_mean" in line for line in history if "loss" in line)
