@@ -96,9 +96,7 @@ def test_the_order_is_the_same_for_good() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    weights=st.lists(st.floats(0.1, 10), min_size=2, max_size=5), start=st.integers(0, 5000), seed=st.integers(0, 3)
-)
+@given(weights=st.lists(st.floats(0.1, 10), min_size=2, max_size=5), start=st.integers(0, 5000), seed=st.integers(0, 3))
 def test_a_mixture_counts_right_from_any_place(weights: list[float], start: int, seed: int) -> None:
     names = [str(i) for i in range(len(weights))]
     mixture = Mixture(quotas(names, weights), seed)
