@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": BASE | {"config", "projector", "checkpoint", "sharding"},
     "training": BASE | {"config", "planning", "projector", "version", *ROOMS},
     "demo": BASE | {"config", "projector", "training", *ROOMS},
-    "compare": BASE | {"config", "training", "demo", "version", "data", "evaluation", "checkpoint"},
+    "compare": BASE | {"config", "training", "version", "data", "evaluation", "checkpoint"},
     "cli": BASE | {"config", "planning", "projector", "training", "demo", "compare", "version", *ROOMS},
     "__init__": BASE | {"projector", "version"},
     "__main__": {"cli"},

@@ -21,8 +21,8 @@ from digrap_scale.checkpoint.atomic import write_file
 from digrap_scale.compare.grid import Trial
 from digrap_scale.compare.schema import ExecutorConfig
 from digrap_scale.config import dump_config
-from digrap_scale.demo.launch import command_of
 from digrap_scale.errors import EXIT_OK, ConfigError
+from digrap_scale.training.launch import command_of
 from digrap_scale.version import __version__
 
 # How a command is run: (command, log file, environment beside our own) → exit code.

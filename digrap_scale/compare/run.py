@@ -26,9 +26,9 @@ from digrap_scale.compare.results import Comparison, Row, SearchPoint, results_o
 from digrap_scale.compare.schema import GridConfig
 from digrap_scale.compare.select import select
 from digrap_scale.compare.table import tables_of, terminal
-from digrap_scale.demo.launch import timed_lines
 from digrap_scale.errors import ConfigError, Preempted, SaveError, TrialError
 from digrap_scale.evaluation.suite import SuiteResult
+from digrap_scale.training.launch import timed_lines
 
 
 def compare(path: str, *, dry_run: bool = False, console: Console | None = None) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from digrap_scale.checkpoint.interpolate import interpolate
 from digrap_scale.demo import settings
-from digrap_scale.demo.launch import check_accelerators, command_of, launch, timed_lines
 from digrap_scale.evaluation.report import ReportRow, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.training.evaluate import evaluate
+from digrap_scale.training.launch import check_accelerators, command_of, launch, timed_lines
 
 WISE_ALPHA = 0.5
 

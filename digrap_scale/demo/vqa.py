@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from digrap_scale.demo import pictogram_vqa, vqa_settings
-from digrap_scale.demo.launch import check_accelerators, command_of, launch, timed_lines
 from digrap_scale.evaluation.report import ReportRow, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.training.evaluate import evaluate
+from digrap_scale.training.launch import check_accelerators, command_of, launch, timed_lines
 
 
 def demo_vqa(folder: str, *, backend: str = "fsdp2", processes: int = 2, steps: int | None = None) -> None:

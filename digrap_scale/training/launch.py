@@ -1,4 +1,4 @@
-"""The demo's runs: the launcher's commands, as a user would type them."""
+"""Runs as processes of their own: the launchers' commands, as a user would type them."""
 
 from __future__ import annotations
 
