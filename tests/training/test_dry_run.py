@@ -90,6 +90,7 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # a run without a launcher, earlier in this process, has set it
     config = parse_config(run_of(folder))
     with pytest.raises(ConfigError, match="at most the run's 4 steps, found 5"):
         dry_run(config, 5, None, print)
