@@ -26,6 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a launcher, earlier in this process, has set what one sets."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
     ("sharding", "world_size"),
     [
@@ -90,7 +97,6 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)  # a run without a launcher, earlier in this process, has set it
     config = parse_config(run_of(folder))
     with pytest.raises(ConfigError, match="at most the run's 4 steps, found 5"):
         dry_run(config, 5, None, print)

@@ -92,5 +92,5 @@ def test_a_new_head_is_refused_before_training(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     assert main(["train", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
-    assert "evaluation.interpolate_alphas: classifier" in error and "starts new" in error
+    assert "evaluation.interpolate_alphas: the head starts new (3 classes in " in error
     assert not (tmp_path / "run" / "final").exists()
