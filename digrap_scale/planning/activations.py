@@ -148,6 +148,11 @@ def _formula(model: PlannedModel, config: Config, samples: int) -> tuple[int, st
     tokens = config.data.max_tokens or tokens
     total += _layers_bytes(text, tokens) * width // 2
     total += tokens * int(getattr(text, "vocab_size", 0)) * (width + 4)  # logits, and their softmax in float32
+    if total == 0:
+        return (
+            0,
+            f"activations: not known and not counted: {model.folder / 'config.json'} tells no layers or hidden_size",
+        )
     return samples * total, f"activations: by formula, {tokens} tokens a sample (data.max_tokens sets them)"
 
 

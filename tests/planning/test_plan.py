@@ -142,3 +142,12 @@ def test_a_checkpoint_is_as_large_as_planned(folder: Path, tmp_path: Path) -> No
     assert sum(file.stat().st_size for file in newest.rglob("*")) == pytest.approx(need.checkpoint_bytes, rel=0.1)
     final = sum(file.stat().st_size for file in (tmp_path / "run" / "final").rglob("*"))
     assert final == pytest.approx(need.final_bytes, rel=0.1)
+
+
+def test_gradient_checkpointing_keeps_inputs_and_one_layer(folder: Path) -> None:
+    whole = plan(parse_config(run_of(folder)), 1)
+    again = plan(parse_config(run_of(folder, training={"gradient_checkpointing": True})), 1)
+    layers = whole.model.module.config.num_hidden_layers
+    found = whole.memory[0].device["activations"]
+    expected = found * 2 / 34 + found / layers
+    assert again.memory[0].device["activations"] == pytest.approx(expected, abs=2)
