@@ -22,7 +22,7 @@ from digrap_scale.compare.grid import Trial
 from digrap_scale.compare.schema import ExecutorConfig
 from digrap_scale.config import dump_config
 from digrap_scale.errors import EXIT_OK, ConfigError
-from digrap_scale.training.launch import command_of
+from digrap_scale.training.launch import command_of, own_environment
 from digrap_scale.version import __version__
 
 # How a command is run: (command, log file, environment beside our own) → exit code.
@@ -145,7 +145,11 @@ def _children() -> Iterator[Start]:
                 if closed.is_set():
                     return -1
                 process = subprocess.Popen(
-                    command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_full(environment)
+                    command,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**own_environment(), **environment},
                 )
                 running.add(process)
             try:
@@ -168,16 +172,12 @@ def _children() -> Iterator[Start]:
         raise
 
 
-def _full(environment: dict[str, str]) -> dict[str, str]:
-    # The launchers start `python` and ninja by name: the environment's own come first.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, **environment}
-
-
 def run_command(command: list[str], log: str, environment: dict[str, str]) -> int:
     """What a job of the cluster does: the command, its output in ``log``; its exit code."""
     with open(log, "ab") as stream:
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=_full(environment), check=False)
+        done = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, env={**own_environment(), **environment}, check=False
+        )
     return done.returncode
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from digrap_scale.errors import ConfigError
 from digrap_scale.planning.show import show_bytes
 from digrap_scale.training.batches import count_steps, open_training_data, training_loader
 from digrap_scale.training.build_run import attach_projector, build_run
+from digrap_scale.training.clock import peak_memory_bytes
 from digrap_scale.training.faults import Nobody
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
@@ -130,7 +130,7 @@ def _steps(config: Config, steps: int, here: Place, imagined: bool, message: Cal
     except _Enough:
         pass  # how it ends
     projector.detach()
-    peak = int(torch.accelerator.max_memory_allocated()) if here.device.type != "cpu" else _peak_resident_bytes()
+    peak = peak_memory_bytes(here.device)
     return DryRun(watch.step_s, peak, before)
 
 
@@ -151,10 +151,5 @@ def _resident_bytes() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
-        return _peak_resident_bytes()
+        return peak_memory_bytes(torch.device("cpu"))
     return pages * resource.getpagesize()
-
-
-def _peak_resident_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

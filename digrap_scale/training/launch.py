@@ -45,15 +45,19 @@ def command_of(backend: str, processes: int, config_file: Path) -> list[str]:
     return [sys.executable, "-m", *launcher, *job]
 
 
+def own_environment() -> dict[str, str]:
+    """Ours, for another process. The launchers start `python` and ninja by name: those beside our interpreter come first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path}
+
+
 def launch(command: list[str], processes: int, name: str) -> None:
     """Run ``command`` to its end, its lines on our terminal.
 
     Raises:
         PeerError: it failed.
     """
-    environment = dict(os.environ)
-    # The launchers start `python` and ninja by name: the environment's own come first.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment = own_environment()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if subprocess.run(command, env=environment, check=False).returncode != 0:
         raise PeerError(f"demo: the run {name!r} failed; its lines above say why")

@@ -9,19 +9,9 @@ import pytest
 
 from tests.distributed.ranks import run_ranks
 from tests.integrations.accelerate_runs import loop_and_resume
-from tests.integrations.vlm_data import assert_same, plain_loop, save_pretrained
+from tests.integrations.vlm_data import assert_same
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_pretrained(tmp_path_factory.mktemp("pretrained")))
-
-
-@pytest.fixture(scope="module")
-def expected(folder: str) -> dict[str, Any]:
-    return plain_loop(folder)
 
 
 @pytest.mark.slow

@@ -18,23 +18,11 @@ from tests.integrations.vlm_data import (
     STEPS,
     assert_same,
     load_pretrained,
-    plain_loop,
     samples,
-    save_pretrained,
     stacked,
 )
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_pretrained(tmp_path_factory.mktemp("pretrained")))
-
-
-@pytest.fixture(scope="module")
-def expected(folder: str) -> dict[str, Any]:
-    return plain_loop(folder)
 
 
 @pytest.mark.parametrize(

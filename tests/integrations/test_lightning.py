@@ -11,17 +11,7 @@ pytest.importorskip("lightning")
 
 from tests.distributed.ranks import run_ranks
 from tests.integrations.lightning_runs import fit_and_resume
-from tests.integrations.vlm_data import assert_same, plain_loop, save_pretrained
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_pretrained(tmp_path_factory.mktemp("pretrained")))
-
-
-@pytest.fixture(scope="module")
-def expected(folder: str) -> dict[str, Any]:
-    return plain_loop(folder)
+from tests.integrations.vlm_data import assert_same
 
 
 def check(got: dict[str, Any], expected: dict[str, Any]) -> None:
