@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import Config
 from digrap_scale.errors import ConfigError, PeerError, SaveError, brief
+from digrap_scale.training.launch import own_environment
 
 Result = TypeVar("Result")
 
@@ -105,11 +106,19 @@ def place(config: Config) -> Iterator[Place]:
             )
         yield Place(0, 1, _device(local_rank))
         return
+    settings = _path(backend)
     if "WORLD_SIZE" not in os.environ:
         # No launcher: a job of one process, in which every backend works as it does in a larger one.
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    device = _device(local_rank)
-    timeout = timedelta(seconds=collective_timeout_s(config))
+        settings |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    here = Place(rank, world_size, _device(local_rank))
+    with _environment(settings), _joined(backend, here.device, timedelta(seconds=collective_timeout_s(config))):
+        yield here
+
+
+@contextmanager
+def _joined(backend: str, device: torch.device, timeout: timedelta) -> Iterator[None]:
+    """The default process group, for the block."""
     with peer_errors(_could_not_meet):
         if backend.startswith("zero"):
             _init_deepspeed(backend, device, timeout)
@@ -117,7 +126,7 @@ def place(config: Config) -> Iterator[Place]:
             dist.init_process_group(device_id=device if device.type != "cpu" else None, timeout=timeout)
     try:
         with peer_errors():
-            yield Place(rank, world_size, device)
+            yield
     finally:
         # A gloo worker thread that still lets go of tensors while the interpreter shuts down aborts the process. With the
         # wrapped model gone (its caller's frame has ended), nothing keeps the groups, and destroying them joins the threads.
@@ -149,21 +158,37 @@ def imagined_place(config: Config, world_size: int) -> Iterator[Place]:
             f"sharding.backend: single runs one process, found --world-size {world_size}; set fsdp2, zero1, zero2, zero3 or ddp"
         )
     device = _device(0)
-    settings = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    settings = _path(backend)
+    settings |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    with _environment(settings):
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+        try:
+            if backend.startswith("zero"):
+                _init_deepspeed(backend, device, timedelta(seconds=collective_timeout_s(config)))
+            yield Place(0, world_size, device)
+        finally:
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def _path(backend: str) -> dict[str, str]:
+    """DeepSpeed looks for ninja on the PATH, where an environment that is not activated has none, or another one, which
+    builds anew what this one's had built."""
+    return {"PATH": own_environment()["PATH"]} if backend.startswith("zero") else {}
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """These variables for the block alone: what comes after it in this process is no launcher's job."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        if backend.startswith("zero"):
-            _init_deepspeed(backend, device, timedelta(seconds=collective_timeout_s(config)))
-        yield Place(0, world_size, device)
+        yield
     finally:
-        gc.collect()
-        dist.destroy_process_group()
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

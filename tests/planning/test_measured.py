@@ -37,10 +37,25 @@ CASES: list[dict[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_states_are_what_is_measured(ranks: int, tmp_path: Path) -> None:
+REPLICAS: list[dict[str, dict[str, Any]]] = [
+    {"sharding": {"backend": "fsdp2", "replicas": 2}, "method": UPDATE},
+    {"sharding": {"backend": "fsdp2", "replicas": 2, "mixed_precision": "bfloat16", "reshard_after_forward": False}},
+    {"sharding": {"backend": "fsdp2", "replicas": 2, "offload": "cpu"}, "method": UPDATE},
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        pytest.param(2, CASES[2:13:5], id="2 ranks, a case of each sort"),
+        pytest.param(2, CASES, id="2 ranks", marks=pytest.mark.slow),
+        pytest.param(3, CASES, id="3 ranks", marks=pytest.mark.slow),
+        pytest.param(4, REPLICAS, id="2 copies of 2 ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_states_are_what_is_measured(ranks: int, cases: list[dict[str, dict[str, Any]]], tmp_path: Path) -> None:
     save_model(tmp_path)
-    texts = [run_of(tmp_path, **case) for case in CASES]
+    texts = [run_of(tmp_path, **case) for case in cases]
     measured = run_ranks(ranks, tmp_path / "ranks", measure_all, texts)
     for number, text in enumerate(texts):
         config = parse_config(text)
