@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from digrap_scale.checkpoint.atomic import save_error, write_file
+from digrap_scale.compare import cost
 from digrap_scale.compare.grid import describe_setting
 from digrap_scale.compare.results import Comparison
 from digrap_scale.compare.table import Cell, Table, markdown, stored
@@ -70,6 +71,7 @@ def _json(comparison: Comparison, tables: Sequence[Table]) -> str:
             {"domain": p.domain, "method": p.method, "setting": dict(p.setting), "validation": p.validation}
             for p in comparison.points
         ],
+        "costs": {name: vars(one) for name, one in comparison.costs.items()},
         "notes": comparison.notes,
         "failed": comparison.failed,
     }
@@ -79,9 +81,18 @@ def _json(comparison: Comparison, tables: Sequence[Table]) -> str:
 def _markdown(comparison: Comparison, tables: Sequence[Table], pictures: Sequence[str]) -> str:
     parts = ["# Comparison\n", *(f"- **Failed:** {line}" for line in comparison.failed)]
     parts += [markdown(table, comparison.baseline) for table in tables]
+    parts += _costs_markdown(comparison)
     parts += ["## Notes\n", *(f"- {note}" for note in comparison.notes), ""]
     parts += [f"![{caption_of(name)}]({name})\n" for name in pictures]
     return "\n".join(parts)
+
+
+def _costs_markdown(comparison: Comparison) -> list[str]:
+    if not comparison.costs:
+        return []
+    head, lines = cost.cells_of(comparison.costs, comparison.baseline)
+    rows = [head, [":--", *["--:"] * (len(head) - 1)], *lines]
+    return ["## Cost of a step\n", cost.CAPTION + "\n", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def caption_of(name: str) -> str:
@@ -99,6 +110,7 @@ def html(comparison: Comparison, tables: Sequence[Table], pictures: Mapping[str,
     body.append(
         "<h2>What was done</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in comparison.notes) + "</ul>"
     )
+    body.append(_costs(comparison))
     body.append(_search(comparison))
     for name, content in pictures.items():
         data = base64.b64encode(content).decode()
@@ -128,6 +140,18 @@ def _table(table: Table, baseline: str) -> str:
         f"<h2>{escape(table.title)}</h2><p>Accuracy in percent, mean ± standard error over seeds{escape(how)}. Bold: the best of "
         f"its column, where that interval excludes 0.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _costs(comparison: Comparison) -> str:
+    if not comparison.costs:
+        return ""
+    head, lines = cost.cells_of(comparison.costs, comparison.baseline)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    return (
+        f"<h2>Cost of a step</h2><p>{escape(cost.CAPTION)}</p>"
+        f'<div class="scroll"><table class="cost"><thead><tr>{"".join(f"<th>{escape(text)}</th>" for text in head)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

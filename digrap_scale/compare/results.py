@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from digrap_scale.compare.cost import Cost
 from digrap_scale.compare.grid import Setting, Trial
 from digrap_scale.config.data_checks import VALIDATION
 from digrap_scale.errors import ConfigError
@@ -98,6 +99,7 @@ class Comparison:
         curve: WiSE-FT: α → domain → results of all seeds.
         notes: lines that the tables need to be read rightly.
         failed: lines about trials that failed.
+        costs: method → what a step of it took.
     """
 
     rows: list[Row]
@@ -108,6 +110,7 @@ class Comparison:
     failed: list[str]
     confidence: float
     bootstrap_samples: int
+    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 def score(result: SuiteResult, shifts: Sequence[str]) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from digrap_scale.compare.cost import costs_of
 from digrap_scale.compare.executors import run_trials
 from digrap_scale.compare.grid import Setting, Space, Trial, TrialMaker, describe_setting, domains, spaces
 from digrap_scale.compare.load import WISE_FT, ZERO_SHOT, load_grid
@@ -221,7 +222,10 @@ class _Plan:
             raise TrialError(f"no run of the baseline {self.grid.baseline} is done: nothing to compare with:\n{told}")
         notes = [*self.notes(), *(f"chosen: {line}" for line in settings)]
         grid = self.grid
-        return Comparison(rows, grid.baseline, points, curve, notes, lines, grid.confidence, grid.bootstrap_samples)
+        costs = costs_of({row.name: [t for seeds in row.trials.values() for t in seeds.values()] for row in rows})
+        return Comparison(
+            rows, grid.baseline, points, curve, notes, lines, grid.confidence, grid.bootstrap_samples, costs
+        )
 
     def _interpolated(
         self,

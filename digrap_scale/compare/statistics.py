@@ -15,6 +15,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+_FEWEST_UNITS = 3  # of an interval
+
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and its standard error s/√n with s² = Σ (x − mean)²/(n − 1); None for a single value."""
@@ -29,7 +31,7 @@ class Difference:
 
     Attributes:
         mean: over domains, of means over seeds.
-        low, high: the interval; None where there is one unit only.
+        low, high: the interval; None where there are one or two units only.
         kind: how the interval was made, in words; empty without one.
         pairs: pairs of runs.
     """
@@ -61,8 +63,10 @@ def paired_difference(
     - n with 1 − 2^(1−n) ≥ confidence (6 for 95 per cent): the *expanded* percentile bootstrap, whose quantiles are moved
       outwards from α/2 to Φ(−√(n/(n−1)) · t_{α/2, n−1}), since the plain one is too narrow by √((n−1)/n) and by t against the
       normal (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69);
-    - fewer: Student's t, mean ± t · s/√n, exact for normal differences, which is the least that must be assumed of so few;
-    - one: none.
+    - fewer, but three: Student's t, mean ± t · s/√n, exact for normal differences, which is the least that must be assumed of so
+      few;
+    - one or two: none. Accuracies are counts, so that two differences may well agree, and an interval without width would
+      exclude 0 by chance alone.
 
     Args:
         differences: domain → a difference for each seed; every domain has one at least. Domains weigh alike.
@@ -81,7 +85,7 @@ def paired_difference(
         units = np.concatenate([values * (pairs / (len(values) * len(by_domain))) for values in by_domain])
         unit = "pairs"
     mean, count = float(means.mean()), len(units)
-    if count == 1:
+    if count < _FEWEST_UNITS:
         return Difference(mean, None, None, "", pairs)
     quantile = student_quantile((1 + confidence) / 2, count - 1)
     if count < least:

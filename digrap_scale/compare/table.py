@@ -108,7 +108,9 @@ def _table(
         cells.append(line)
     for number in range(len(columns)):
         _mark_best([line[number] for line in cells], cells, number)
-    kinds = dict.fromkeys(c.difference.kind or "no interval: one pair" for line in cells for c in line if c.difference)
+    kinds = dict.fromkeys(
+        c.difference.kind or "no interval: fewer than 3 pairs" for line in cells for c in line if c.difference
+    )
     counts = [len(by_seed(one, columns[0])) for one in results]
     return Table(title, columns, [row.name for row in rows], cells, counts, list(kinds))
 

@@ -50,11 +50,11 @@ def base_of(folder: Path) -> dict[str, Any]:
 
 
 def grid_of(folder: Path, **changes: Any) -> dict[str, Any]:
-    """FT and DiGraP, two learning rates, two μ, two seeds."""
+    """FT and DiGraP, two learning rates, two μ, three seeds."""
     return {
         "out": f"{folder}/out",
         "base": base_of(folder),
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
         "budget": 4,
         "shared_search": {"optimizer.learning_rate": [1e-3, 1e-2]},
         "methods": {
@@ -112,7 +112,22 @@ class MadeUp:
             (folder / "status.json").write_text('{"state": "done"}')
             if trial.verb == "train":
                 self._layers(folder)
+                self._metrics(folder, 0.25 if trial.method == "DiGraP" else 0.125)
         return failed
+
+    @staticmethod
+    def _metrics(folder: Path, optimizer_s: float) -> None:
+        """The first step is slow; then data, forward and backward take a quarter of a second each."""
+        parts = {"data": 0.25, "forward": 0.25, "backward": 0.25}
+        lines = [
+            {
+                "step": step,
+                "seconds": {**parts, "optimizer": optimizer_s + 9 * (step == 1)},
+                "peak_memory_bytes": 2**20 * step,
+            }
+            for step in (1, 2, 4)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     @staticmethod
     def _layers(folder: Path) -> None:

@@ -49,25 +49,27 @@ def test_id_validation_selects_and_nothing_else(
 ) -> None:
     runs = made_up(numbers, pictures=True)
     assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
-    # Search: 2 FT, 4 DiGraP on seed 0, and zero-shot; then the chosen ones on seed 1.
-    assert len(runs.ran) == 7 + 2
+    # Search: 2 FT, 4 DiGraP on seed 0, and zero-shot; then the chosen ones on seeds 1 and 2.
+    assert len(runs.ran) == 7 + 4
     assert [(t.method, dict(t.setting), t.seed) for t in runs.ran[7:]] == [
         ("FT", {"optimizer.learning_rate": 0.001}, 1),
+        ("FT", {"optimizer.learning_rate": 0.001}, 2),
         ("DiGraP", {"optimizer.learning_rate": 0.001, "method.strength_lr": 0.1}, 1),
+        ("DiGraP", {"optimizer.learning_rate": 0.001, "method.strength_lr": 0.1}, 2),
     ]
     assert stored(tmp_path)["settings"]["DiGraP"] == {"all": "learning_rate 0.001, strength_lr 0.1"}
-    # Means over seeds 0 and 1: FT near 300 and 310, far 200 and 210: OOD 250 and 260.
+    # Seeds 0, 1, 2: FT near 300, 310, 320, far 200, 210, 220: OOD 250, 260, 270.
     ft, digrap = cells(tmp_path, 0, "FT"), cells(tmp_path, 0, "DiGraP")
-    assert ft["OOD mean"]["mean"] == pytest.approx(0.255) and ft["test"]["mean"] == pytest.approx(0.515)
-    assert ft["OOD mean"]["standard_error"] == pytest.approx(0.005)  # s = 0.01/√2, over √2
-    # DiGraP − FT: 305 − 250 and 315 − 260: 55 both times, an interval of no width that excludes 0.
+    assert ft["OOD mean"]["mean"] == pytest.approx(0.26) and ft["test"]["mean"] == pytest.approx(0.52)
+    assert ft["OOD mean"]["standard_error"] == pytest.approx(0.01 / 3**0.5)  # s = 0.01, over √3
+    # DiGraP − FT: 305 − 250 and so on: 55 three times, an interval of no width that excludes 0.
     assert digrap["OOD mean"]["difference"]["mean"] == pytest.approx(0.055)
-    assert digrap["OOD mean"]["difference"]["kind"] == "Student's t over 2 pairs"
+    assert digrap["OOD mean"]["difference"]["kind"] == "Student's t over 3 pairs"
     assert digrap["test"]["best"] and not digrap["sketch"]["best"]  # zero-shot is higher there
     zero = cells(tmp_path, 0, "zero-shot")
     assert zero["sketch"]["mean"] == 0.4 and zero["sketch"]["standard_error"] is None
-    # 400 − 300 and 400 − 310: mean 95, s 7.07, t with one degree 12.7: 95 ± 63.5
-    assert zero["sketch"]["difference"]["low"] == pytest.approx(0.095 - 12.706 * 0.005, abs=1e-4)
+    # 400 − 300, − 310, − 320: mean 90, s 10, t with two degrees 4.30: 90 ± 24.8
+    assert zero["sketch"]["difference"]["low"] == pytest.approx(0.09 - 4.3027 * 0.01 / 3**0.5, abs=1e-4)
     assert zero["sketch"]["best"] and not zero["test"]["best"]
     printed = capsys.readouterr().out
     for line in (
@@ -79,23 +81,42 @@ def test_id_validation_selects_and_nothing_else(
     ):
         assert line in printed, line
     table = (tmp_path / "out" / "results.md").read_text()
-    assert "**53.5 ± 0.5**" in table and "+5.5 [+5.5, +5.5]" in table
+    assert "**54.0 ± 0.6**" in table and "+5.5 [+5.5, +5.5]" in table
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "id_ood.png", "sensitivity.png", "strength.png", "conflicts.png", "drift.png",
     }  # fmt: skip
+
+
+def test_two_pairs_that_agree_are_no_evidence(tmp_path: Path, made_up: Use) -> None:
+    made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path, seeds=[0, 1]))]) == 0
+    cell = cells(tmp_path, 0, "DiGraP")["test"]
+    assert cell["difference"]["mean"] == pytest.approx(0.02) and cell["difference"]["low"] is None and not cell["best"]
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "no interval: fewer than 3 pairs" in table and "**" not in table
+
+
+def test_cost_of_a_step(tmp_path: Path, made_up: Use) -> None:
+    """0.875 s, and DiGraP 1 s; the first step counts nowhere, rows without runs of their own have none."""
+    made_up(numbers)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 0
+    costs = stored(tmp_path)["costs"]
+    assert costs["FT"] == {"step_s": 0.875, "optimizer_s": 0.125, "peak_bytes": 4 * 2**20}
+    assert costs["DiGraP"]["step_s"] == 1.0 and set(costs) == {"FT", "DiGraP"}
+    assert "| DiGraP | 1000 | 1.14 | 250.0 | 4 |" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_nothing_is_bold_where_the_interval_holds_zero(tmp_path: Path, made_up: Use) -> None:
     def uncertain(trial: Trial) -> Sequence[Sequence[int]]:
         if trial.method != "DiGraP":
             return numbers(trial)
-        # Two pairs, +10 and +90: the mean is 50 above, its interval ±508.
+        # Three pairs, +10, +90, +170: the mean is 90 above, its interval ±199.
         return [[500, 510 + 10 + 90 * (trial.seed or 0), 300, 200]]
 
     made_up(uncertain)
     assert main(["compare", write_grid(tmp_path, grid_of(tmp_path, zero_shot=False))]) == 0
     cell = cells(tmp_path, 0, "DiGraP")["test"]
-    assert cell["mean"] == pytest.approx(0.565) and cell["difference"]["low"] < 0 and not cell["best"]
+    assert cell["mean"] == pytest.approx(0.61) and cell["difference"]["low"] < 0 and not cell["best"]
     assert not cells(tmp_path, 0, "FT")["test"]["best"]
     assert "**" not in (tmp_path / "out" / "results.md").read_text().replace("- **Failed:**", "")
 
@@ -133,22 +154,22 @@ def test_a_changed_config_trains_anew_beside_the_old(tmp_path: Path, made_up: Us
     grid["base"]["training"]["steps"] = 3
     second = made_up(numbers)
     assert main(["compare", write_grid(tmp_path, grid)]) == 0
-    assert not {t.folder for t in first.ran} & {t.folder for t in second.ran} and len(second.ran) == 9
+    assert not {t.folder for t in first.ran} & {t.folder for t in second.ran} and len(second.ran) == 11
 
 
 def test_failures_are_told_and_others_go_on(tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]) -> None:
-    """The chosen μ fails on seed 1, the high rate in the search: the table has what is there, and the exit code is 1."""
+    """The chosen μ fails on the other seeds, the high rate in the search: the table has what is there, and the exit code is 1."""
     made_up(
         numbers,
-        fails=lambda t: t.method == "DiGraP" and (t.seed == 1 or ("optimizer.learning_rate", 0.01) in t.setting),
+        fails=lambda t: t.method == "DiGraP" and (t.seed or ("optimizer.learning_rate", 0.01) in t.setting),
     )
     assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 1
     error = capsys.readouterr().err
-    assert "3 trials failed" in error and "all: DiGraP (learning_rate 0.001, strength_lr 0.1), seed 1: exit 1" in error
+    assert "4 trials failed" in error and "all: DiGraP (learning_rate 0.001, strength_lr 0.1), seed 1: exit 1" in error
     assert cells(tmp_path, 0, "DiGraP")["test"]["difference"]["low"] is None
-    assert len(stored(tmp_path)["failed"]) == 3
+    assert len(stored(tmp_path)["failed"]) == 4
     rows = {row["method"]: row["seeds"] for row in stored(tmp_path)["tables"][0]["rows"]}
-    assert rows == {"zero-shot": 1, "FT": 2, "DiGraP": 1}
+    assert rows == {"zero-shot": 1, "FT": 3, "DiGraP": 1}
 
 
 def test_without_a_baseline_there_is_no_table(tmp_path: Path, made_up: Use, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,13 +188,13 @@ def test_domains_select_by_themselves_and_are_averaged(tmp_path: Path, made_up: 
     runs = made_up(of_domain, pictures=True)
     grid = grid_of(tmp_path, domains={"a": {"data.train": ["a-*.tar"]}, "b": {"data.train": ["b-*.tar"]}})
     assert main(["compare", write_grid(tmp_path, grid)]) == 0
-    assert len(runs.ran) == 2 * 9
+    assert len(runs.ran) == 2 * 11
     settings = stored(tmp_path)["settings"]["FT"]
     assert settings == {"a": "learning_rate 0.001", "b": "learning_rate 0.01"}
     assert [table["title"] for table in stored(tmp_path)["tables"]] == ["mean over 2 domains", "a", "b"]
-    # ID: a 510, 520; b 410, 420
-    assert cells(tmp_path, 0, "FT")["ID mean"]["mean"] == pytest.approx(0.465)
-    assert cells(tmp_path, 0, "DiGraP")["ID mean"]["difference"]["kind"] == "Student's t over 4 pairs"
+    # ID: a 510, 520, 530; b 410, 420, 430
+    assert cells(tmp_path, 0, "FT")["ID mean"]["mean"] == pytest.approx(0.47)
+    assert cells(tmp_path, 0, "DiGraP")["ID mean"]["difference"]["kind"] == "bootstrap over 6 pairs"
     assert {"strength.png", "strength-1.png"} <= {path.name for path in (tmp_path / "out").glob("*.png")}
 
 
@@ -214,4 +235,4 @@ def test_a_narrow_terminal_keeps_id_and_means(tmp_path: Path, made_up: Use) -> N
     console = Console(width=90, file=(file := io.StringIO()))
     compare(write_grid(tmp_path, grid_of(tmp_path)), console=console)
     table = file.getvalue().split("·")[0]
-    assert "sketch" not in table and "53.5 ± 0.5" in table and "+5.5 [+5.5, +5.5]" in table and "…" not in table
+    assert "sketch" not in table and "54.0 ± 0.6" in table and "+5.5 [+5.5, +5.5]" in table and "…" not in table

@@ -90,6 +90,7 @@ def test_trials_go_through_submitit_and_several_ranks(tmp_path: Path) -> None:
     grid = grid_of(
         tmp_path,
         shared_search={},
+        seeds=[0, 1],
         executor={"name": "submitit", "cluster": "local", "trials": 1, "ranks": 2, "timeout_minutes": 5},
     )
     grid["base"]["sharding"] = {"backend": "fsdp2"}

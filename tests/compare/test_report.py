@@ -65,12 +65,12 @@ def test_a_browser_shows_all_of_it(report: Path, page: Any) -> None:
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(report.as_uri())
     assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()] and complaints == []
-    rows = page.locator("table:not(.search) tbody tr")
+    rows = page.locator("table:not(.search):not(.cost) tbody tr")
     assert rows.locator("td:first-child").all_inner_texts() == ["zero-shot", "FT", "WiSE-FT", "DiGraP", "a <b> & c"]
     heads = ["method", "seeds", "test", "sketch", "photo", "near mean", "far mean", "OOD mean"]
-    assert page.locator("table:not(.search) thead th").all_inner_texts() == heads
+    assert page.locator("table:not(.search):not(.cost) thead th").all_inner_texts() == heads
     digrap = rows.nth(3)
-    assert digrap.locator("strong").all_inner_texts()[0] == "53.5 ± 0.5" and digrap.is_visible()
+    assert digrap.locator("strong").all_inner_texts()[0] == "54.0 ± 0.6" and digrap.is_visible()
     assert digrap.locator("td").nth(2).locator("small").inner_text() == "+2.0 [+2.0, +2.0]"
     assert (
         "2 failed" in page.locator(".failed").inner_text()
@@ -79,6 +79,7 @@ def test_a_browser_shows_all_of_it(report: Path, page: Any) -> None:
     shown = page.evaluate("[...document.images].map(i => [i.closest('figure').id, i.complete && i.naturalWidth])")
     assert {name for name, _ in shown} == PICTURES and all(width > 300 for _, width in shown)
     assert "budget: at most 4 settings a method" in page.locator("body").inner_text()
+    assert page.locator("table.cost tbody tr").all_inner_texts()[1].split("\t")[:3] == ["DiGraP", "1000", "1.14"]
     page.locator("summary").click()
     searched = page.locator("table.search tbody tr").all_inner_texts()
     # Two rates of FT, two of DiGraP (the other μ failed) and four of the third method.

@@ -50,6 +50,11 @@ def test_three_pairs_have_students_interval() -> None:
     assert paired_difference({"a": [-2.9, -3.0, -3.1]}).excludes_zero
 
 
+def test_two_pairs_have_none() -> None:
+    found = paired_difference({"a": [5.0], "b": [5.0]})
+    assert (found.mean, found.low, found.high, found.pairs) == (5.0, None, None, 2) and not found.excludes_zero
+
+
 def test_one_pair_has_none() -> None:
     found = paired_difference({"a": [5.0]})
     assert (found.mean, found.low, found.high, found.pairs) == (5.0, None, None, 1) and not found.excludes_zero
