@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from digrap_scale.checkpoint.method_state import read_method_state, read_tensors, write_method_state
 from digrap_scale.errors import CheckpointError, ConfigError
+from digrap_scale.integrations.trl import check_head
 from digrap_scale.projector import Projector, attach
 from digrap_scale.sharding.base import Backend
 
@@ -79,6 +80,7 @@ class DigrapCallback(TrainerCallback):
         self._refuse(args, state)
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
+            check_head(trainer)
             model, optimizer = trainer.model_wrapped, trainer.optimizer
         elif getattr(args, "deepspeed", None):
             raise ConfigError(

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import digrap_scale
+from digrap_scale.errors import ConfigError
 from digrap_scale.integrations.hf_trainer import DigrapCallback
+from digrap_scale.integrations.trl import next_token_loss
 from tests.integrations.trainer_runs import arguments
 from tests.integrations.vlm_data import GLOBAL_BATCH, MAX_GRAD_NORM, METHOD, STEPS, adamw, load_pretrained, result
 
@@ -40,18 +42,20 @@ def conversations() -> Dataset:
     return Dataset.from_list(found)
 
 
-def make_trainer(folder: str, output: str, backend: str, ranks: int) -> SFTTrainer:
+def make_trainer(folder: str, output: str, backend: str, ranks: int, **more: Any) -> SFTTrainer:
     settings = arguments(Path(output), backend, ranks)
     return SFTTrainer(
         load_pretrained(folder),
         SFTConfig(**{**settings, "max_length": None, "save_strategy": "no", "bf16": False}),
         train_dataset=conversations(),
         processing_class=AutoProcessor.from_pretrained(folder),
+        **more,
     )
 
 
 def sft(folder: str, output: str, backend: str, ranks: int) -> dict[str, Any]:
-    trainer = make_trainer(folder, output, backend, ranks)
+    more = {"compute_loss_func": next_token_loss} if backend == "fsdp2" else {}
+    trainer = make_trainer(folder, output, backend, ranks, **more)
     found: dict[str, Any] = {}
 
     class Keeping(DigrapCallback):
@@ -63,6 +67,33 @@ def sft(folder: str, output: str, backend: str, ranks: int) -> dict[str, Any]:
     Keeping(reference=folder, **METHOD).add_to(trainer)
     trainer.train()
     return {**found, "history": trainer.state.log_history}
+
+
+def refused(folder: str, output: str) -> str:
+    """What is said to the fused head on FSDP2."""
+    trainer = make_trainer(folder, output, "fsdp2", 2)
+    DigrapCallback(reference=folder, **METHOD).add_to(trainer)
+    try:
+        trainer.train()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def head_gradients(folder: str, output: str) -> dict[str, torch.Tensor]:
+    """With TRL's fused head and with the model's own, on FSDP2: the first step's gradient of the LM head, whole."""
+    found: dict[str, torch.Tensor] = {}
+    for name, more in (("fused", {}), ("own", {"compute_loss_func": next_token_loss})):
+        trainer = make_trainer(folder, f"{output}/{name}", "fsdp2", 2, **more)
+        trainer.args.max_steps = 1
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, *_: Any, model: Any = None, name: str = name, **__: Any) -> None:
+                found[name] = model.get_output_embeddings().weight.grad.full_tensor()
+
+        trainer.add_callback(Look())
+        trainer.train()
+    return found
 
 
 def sft_by_hand(folder: str, output: str) -> dict[str, Any]:
