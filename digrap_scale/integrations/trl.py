@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.fsdp2 import is_sharded_by_itself
 
 
 def next_token_loss(
@@ -38,7 +38,7 @@ def check_head(trainer: Trainer) -> None:
     if not of_trl or trainer.compute_loss_func is not None:
         return
     head: Any = getattr(trainer.model, "get_output_embeddings", lambda: None)()
-    if isinstance(head, FSDPModule) and head.weight.requires_grad:  # type: ignore[attr-defined]
+    if head is not None and is_sharded_by_itself(head) and head.weight.requires_grad:
         raise ConfigError(
             f"DigrapCallback: {type(trainer).__name__} on FSDP2 does not sum the LM head's gradient over ranks (TRL's fused "
             "head, seen in 1.16); give it compute_loss_func=digrap_scale.integrations.trl.next_token_loss, or freeze the head"

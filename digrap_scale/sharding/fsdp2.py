@@ -265,6 +265,11 @@ def fill_shards(model: nn.Module, slices: Slices | None, device: torch.device) -
             fill_(tensor.to_local(), slices, unwrapped_name(name), before)
 
 
+def is_sharded_by_itself(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module: its weights are whole within its own forward alone."""
+    return isinstance(module, FSDPModule)
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     # Not the public to_local(): it goes through autograd and costs ten times as much, for each of thousands of tensors in
     # each step. tests/sharding holds the attribute against it.

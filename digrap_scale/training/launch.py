@@ -30,7 +30,7 @@ def check_accelerators(processes: int) -> None:
     """Raises: ConfigError where there are accelerators, but fewer than processes."""
     if torch.accelerator.is_available() and torch.accelerator.device_count() < processes:
         raise ConfigError(
-            f"demo: {processes} processes need as many accelerators, found {torch.accelerator.device_count()}; "
+            f"{processes} processes need as many accelerators, found {torch.accelerator.device_count()}; "
             "pass --processes"
         )
 
@@ -60,7 +60,7 @@ def launch(command: list[str], processes: int, name: str) -> None:
     environment = own_environment()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if subprocess.run(command, env=environment, check=False).returncode != 0:
-        raise PeerError(f"demo: the run {name!r} failed; its lines above say why")
+        raise PeerError(f"the run {name!r} failed; its lines above say why")
 
 
 def _free_port() -> int:

@@ -28,8 +28,7 @@ from digrap_scale.errors import DigrapError, PeerError, Preempted, SaveError
 from digrap_scale.evaluation.layers import LAYERS_FILE, encode_layers
 from digrap_scale.evaluation.strength import STRENGTH_FILE, encode_names, encode_row, read_lines, read_strength
 from digrap_scale.projector.layers import LayerSnapshot
-from digrap_scale.training.appender import Appender as _Appender
-from digrap_scale.training.appender import trim
+from digrap_scale.training.appender import Appender, trim
 from digrap_scale.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -102,9 +101,9 @@ class RunLog:
         self._layers_every_steps = layers_every_steps
         self._use_tensorboard = tensorboard
         self._console = console or Console(stderr=True)
-        self._metrics: _Appender | None = None
-        self._strength: _Appender | None = None
-        self._layers: _Appender | None = None
+        self._metrics: Appender | None = None
+        self._strength: Appender | None = None
+        self._layers: Appender | None = None
         self._names: list[str] = []
         self._board: SummaryWriter | None = None
         self._progress: Progress | None = None
@@ -121,7 +120,7 @@ class RunLog:
             trim(self.folder / METRICS_FILE, self._start_step)
             trim(self.folder / STRENGTH_FILE, self._start_step)
             trim(self.folder / LAYERS_FILE, self._start_step)
-            self._metrics = _Appender(self.folder / METRICS_FILE)
+            self._metrics = Appender(self.folder / METRICS_FILE)
             if self._use_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import: only runs that want it pay
 
@@ -256,7 +255,7 @@ class RunLog:
             return
         lines = ""
         if self._strength is None:
-            self._strength = _Appender(self.folder / STRENGTH_FILE)
+            self._strength = Appender(self.folder / STRENGTH_FILE)
         if list(strength) != self._names:
             self._names = list(strength)
             lines = encode_names(self._names)
@@ -270,7 +269,7 @@ class RunLog:
             return
         lines = ""
         if self._layers is None:
-            self._layers = _Appender(self.folder / LAYERS_FILE)
+            self._layers = Appender(self.folder / LAYERS_FILE)
             lines = encode_names(snapshot.names)
         self._layers.append(lines + encode_layers(step, snapshot.steps, snapshot.conflict_rate, snapshot.drift))
         if self._board is not None:
