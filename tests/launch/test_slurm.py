@@ -103,6 +103,21 @@ def test_a_preempted_job_comes_back_and_ends_equal(slurm: dict[str, str], tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_job_saves_before_its_time_is_over(slurm: dict[str, str], tmp_path: Path) -> None:
+    """SLURM counts time limits in minutes: of two, the signal comes one before the end, and the job goes back into the queue."""
+    more = {"sharding": {"backend": "ddp"}, "training": {"steps": 1_000_000}, "checkpoint": {"every_steps": 10_000_000}}
+    file = write(tmp_path / "long.yaml", config(save_vit(tmp_path / "vit", classes=16), tmp_path / "long", **more))
+    job = submit(slurm, tmp_path, file, "--nodes=1", "--ntasks-per-node=1", "--time=2", "--signal=TERM@60")
+    log, until = tmp_path / f"digrap-scale-{job}.log", time.monotonic() + TIMEOUT_S
+    while "back into the queue" not in (log.read_text() if log.is_file() else ""):
+        assert time.monotonic() < until, "the signal did not come"
+        time.sleep(0.5)
+    subprocess.run(["scancel", job], env=slurm, check=True)
+    assert "DUE TO TIME LIMIT" not in log.read_text()
+    assert (read_status(tmp_path / "long") or {})["state"] == "preempted"
+    assert len(list((tmp_path / "long" / "checkpoints").glob("step-*/COMMITTED"))) == 1
+
+
 def test_compare_runs_its_trials_as_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
     write_data(tmp_path)
     grid = grid_of(
