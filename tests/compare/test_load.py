@@ -39,7 +39,7 @@ FT = {"method": {"name": "none"}}
         ({"methods": {"FT": {**FT, "serch": {}}}}, "unknown key `methods.FT.serch`; did you mean `search`?"),
         ({"baseline": "plain"}, "baseline: expected one of the methods (FT, DiGraP), found `plain`"),
         ({"seeds": [1, 1]}, "seeds: expected each value once"),
-        ({"search_seeds": 4}, "search_seeds: expected at most the 3 of `seeds`, found 3"),
+        ({"search_seeds": 4}, "search_seeds: expected at most the 3 of `seeds`, found 4"),
         ({"wise_ft": {"of": "X", "alphas": [0.5]}}, "wise_ft.of: expected one of the methods (FT, DiGraP), found `X`"),
         ({"shared_search": {"run.seed": [1]}}, "expected no key of run, data, evaluation"),
         ({"methods": {"FT": {**FT, "search": {"optimizer.learning_rate": [1]}}}, "shared_search": {}},

@@ -34,7 +34,7 @@ def test_is_sound_shell(script: Path) -> None:
 def test_slurm_requeues_a_preempted_job_alone(status: int, requeued: bool, tmp_path: Path) -> None:
     """With stand-ins for SLURM's own programs; a task sees the numbers that torch needs."""
     programs = {
-        "srun": f'shift; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"; exit {status}',
+        "srun": f'shift 2; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"; exit {status}',
         "scontrol": 'case $1 in show) printf "n7\\nn8\\n";; *) echo "$@" >> "$NOTED";; esac',
         "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > "$NOTED.task"',
     }
