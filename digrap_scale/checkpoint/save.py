@@ -108,6 +108,8 @@ class Saver:
     def _begun(self, folder: Path, contents: Contents) -> bool:
         """Whether there is something to write: a checkpoint of this step may be there already."""
         bytes_here = sum(part.tensor.numel() * part.tensor.element_size() for part in contents.parts)
+        if contents.write_native is not None:
+            bytes_here *= 2  # DeepSpeed's own copy holds the same
         needed = sum(self._ranks.together(lambda: bytes_here)) + _SPARE_BYTES
 
         def begin() -> bool:
@@ -134,7 +136,12 @@ class Saver:
         begun = self._clean_up_after(folder, lambda: self._ranks.on_first(begin))
         if begun and contents.write_native is not None:
             native = contents.write_native
-            self._guarded(folder, lambda: native(folder / layout.DEEPSPEED))
+
+            def write_native() -> None:
+                with self._saving(folder):
+                    native(folder / layout.DEEPSPEED)
+
+            self._clean_up_after(folder, lambda: self._ranks.together(write_native))
         return begun
 
     def _complete(self, folder: Path, contents: Contents, write: Callable[[], None]) -> None:
@@ -167,12 +174,13 @@ class Saver:
         self._clean_up_after(folder, lambda: ranks.on_first(commit))
         if ranks.rank == 0:
             self._message(f"saved {folder.name}")
-        ranks.on_first(self._remove_old)
+        ranks.on_first(lambda: self._remove_old(contents.step))
 
-    def _remove_old(self) -> None:
-        """Keep the newest ``keep_last`` and every ``keep_every_steps``-th."""
+    def _remove_old(self, newest: int) -> None:
+        """Keep the newest ``keep_last`` up to this one, and every ``keep_every_steps``-th."""
         settings = self._settings
-        committed = [s for s, path in layout.found_steps(self._run_folder).items() if layout.is_committed(path)]
+        found = layout.found_steps(self._run_folder)
+        committed = [step for step, path in found.items() if step <= newest and layout.is_committed(path)]
         for step in committed[settings.keep_last :]:
             if settings.keep_every_steps is not None and step % settings.keep_every_steps == 0:
                 continue

@@ -120,7 +120,7 @@ class DigrapCallback(TrainerCallback):
         if self.projector is None:
             return
         gathered, norms = self.projector.state_dict(), _weight_norms(self.projector.backend)
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero and not (args.save_on_each_node and state.is_local_process_zero):
             return
         folder = _checkpoint(args, state)
         if not (folder / _TRAINER_STATE).is_file():

@@ -131,11 +131,10 @@ def _fsdp2(memory: Memory, model: PlannedModel, config: Config, ranks: int, rank
             numel = rows_of(weight, ranks, 0).padded * ranks
             whole[weight.block] += numel
             trained[weight.block] += numel * weight.trained
-    sent = 4 if config.sharding.mixed_precision == "bfloat16" else width
     sizes = sorted(whole.values(), reverse=True)
     at_once = sum(sizes[:2]) if config.sharding.reshard_after_forward else sum(sizes)
     largest = max(trained.values(), default=0)
-    memory.device["gathered"] += compute * at_once + (compute + sent) * largest
+    memory.device["gathered"] += compute * at_once + (compute + 4) * largest  # summed over ranks in float32
 
 
 def _zero12(memory: Memory, model: PlannedModel, config: Config, ranks: int, real: dict[str, int]) -> None:

@@ -74,7 +74,7 @@ def _fsdp2(model: PlannedModel, config: Config, world_size: int, accumulation_st
     replicas = config.sharding.replicas
     ranks = world_size // replicas
     compute = compute_bytes(config)
-    sent = 4 if config.sharding.mixed_precision == "bfloat16" else model_bytes(config)
+    sent = 4  # summed over ranks in float32
     blocks = [block for block in blocks_of(model).values() if block]
     trained = [block for block in blocks if any(weight.trained for weight in block)]
     whole = sum(rows_of(weight, ranks, 0).padded * ranks for block in blocks for weight in block)

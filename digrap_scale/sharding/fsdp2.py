@@ -163,10 +163,11 @@ class FSDP2Engine(Engine):
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         sharding = self.config.sharding
         mesh = self._mesh()
+        narrow = sharding.mixed_precision == "bfloat16" or self.config.model.dtype != "float32"
         policy = MixedPrecisionPolicy(
             # Gradients are summed over ranks in float32: bfloat16 sums lose what many ranks add.
             param_dtype=torch.bfloat16 if sharding.mixed_precision == "bfloat16" else None,
-            reduce_dtype=torch.float32 if sharding.mixed_precision == "bfloat16" else None,
+            reduce_dtype=torch.float32 if narrow else None,
         )
         materialize(model, self.slices, self.device, only_scalars=True)
         offload = OffloadPolicy()
@@ -188,10 +189,10 @@ class FSDP2Engine(Engine):
         if hasattr(model, "generate"):
             # PEFT's calls the model inside, past the root's own hooks.
             register_fsdp_forward_method(model, "generate")
-        for parameter in self._scalars:
-            parameter.data = parameter.data.to(self.device)
-        # Offloaded shards stay in host memory.
+        # Offloaded shards stay in host memory; what fully_shard does not shard computes where it lies.
         fill_shards(model, self.slices, torch.device("cpu") if sharding.offload == "cpu" else self.device)
+        for whole in [*self._scalars, *model.buffers()]:
+            whole.data = whole.data.to(self.device)
         self.model = model
         self.optimizer = make_optimizer(model)
         _separate_plain_tensors(self.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.atomic import write_file
-from digrap_scale.checkpoint.resume import AUTO, find_checkpoint
+from digrap_scale.checkpoint.resume import AUTO, NEVER, find_checkpoint
 from digrap_scale.config import Config, dump_config
 from digrap_scale.errors import ConfigError
 from digrap_scale.training.batches import training_patterns
@@ -37,6 +38,7 @@ _FREE = (
     "reference.placement",
     "reference.buffer_bytes",
 )
+_SUPERSEDED = "superseded"
 
 
 @dataclass
@@ -60,11 +62,15 @@ def prepare_folder(folder: Path, config: Config) -> Start:
         CheckpointError: ``checkpoint.resume`` names no checkpoint.
     """
     problems = find_problems(config)
-    start = Start(*find_checkpoint(folder, config.checkpoint.resume))
+    resume = config.checkpoint.resume
+    restarted = resume not in (AUTO, NEVER) and _is_restarted(folder, config)
+    start = Start(*find_checkpoint(folder, AUTO if restarted else resume))
+    if restarted and start.checkpoint is None:
+        start = Start(*find_checkpoint(folder, resume))  # nothing was saved since it began there
     try:
         # The table of an earlier `evaluate` may be there already.
         earlier = folder.is_dir() and any(entry.name != "evaluation" for entry in folder.iterdir())
-        goes_on = earlier and _goes_on(folder, config, start, problems)
+        goes_on = restarted or (earlier and _goes_on(folder, config, start, problems))
         if folder.exists() and not folder.is_dir():
             problems.append(f"run.folder: {folder} is a file; expected a folder or nothing there")
         elif goes_on:
@@ -78,13 +84,13 @@ def prepare_folder(folder: Path, config: Config) -> Start:
         refuse(problems)
         if earlier and not goes_on:
             shutil.rmtree(folder.resolve())
-            start = Start(
-                None if config.checkpoint.resume == AUTO else start.checkpoint
-            )  # auto's is gone with the rest
+            start = Start(None if resume == AUTO else start.checkpoint)  # auto's is gone with the rest
         folder.mkdir(parents=True, exist_ok=True)
+        if resume not in (AUTO, NEVER) and start.checkpoint is not None and not restarted:
+            start.notes += _set_aside(folder, start.checkpoint)
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.folder: {folder} cannot be made ready ({error})") from error
-    if start.checkpoint is not None and config.checkpoint.resume != AUTO:
+    if start.checkpoint is not None and resume != AUTO and not restarted:
         changed = _changed(start.checkpoint / layout.CONFIG, config)
         start.notes += [f"changed since {start.checkpoint.name}: {line}" for line in changed]
     write_file(folder / "config.yaml", dump_config(config))
@@ -112,14 +118,45 @@ def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) ->
     return config.checkpoint.every_steps is not None and _changed(folder / "config.yaml", config) == []
 
 
+def _is_restarted(folder: Path, config: Config) -> bool:
+    """Whether the folder's run began from the checkpoint that ``checkpoint.resume`` names, by this same command, and has
+    not ended: launchers and schedulers repeat commands, and what was done since must not be lost."""
+    if not (folder / "config.yaml").is_file() or (read_status(folder) or {"state": "running"})["state"] == "done":
+        return False
+    lines = _all_changed(folder / "config.yaml", config)
+    return not [line for line in lines if line.startswith("checkpoint.resume:") or not line.startswith(_FREE)]
+
+
+def _set_aside(folder: Path, checkpoint: Path) -> list[str]:
+    """Newer checkpoints than the one that the run goes back to, in its own folder, are of another way: they would be taken
+    for its own by step. They go to ``superseded/``; returns a line for each."""
+    own = layout.found_steps(folder)
+    here = next((step for step, path in own.items() if path.resolve() == checkpoint.resolve()), None)
+    lines = []
+    for step, path in own.items():
+        if here is None or step <= here:
+            continue
+        place = path.parent / _SUPERSEDED
+        number = next(n for n in count(1) if not (place / f"{path.name}.{n}").exists())
+        place.mkdir(exist_ok=True)
+        path.rename(place / f"{path.name}.{number}")
+        lines.append(
+            f"{path.name} is newer than step-{here}, which the run goes back to: moved to {place}/{path.name}.{number}"
+        )
+    return lines
+
+
 def _changed(file: Path, config: Config) -> list[str]:
     """``section.key: old → new`` of what makes this another run than that of ``file``."""
+    return [line for line in _all_changed(file, config) if not line.startswith(_FREE)]
+
+
+def _all_changed(file: Path, config: Config) -> list[str]:
     try:
         old = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         return [f"{file} cannot be read ({error})"]
-    new = yaml.safe_load(dump_config(config))
-    return [line for line in differences(old, new) if not line.startswith(_FREE)]
+    return differences(old, yaml.safe_load(dump_config(config)))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

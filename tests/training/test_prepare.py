@@ -88,6 +88,47 @@ def test_unless_it_is_asked_to(broken: tuple[Path, dict[str, Any]]) -> None:
     assert "changed since step-3: optimizer.learning_rate: 0.001 → 0.01" in (folder / "messages.log").read_text()
 
 
+def interrupted(folder: Path, *lost: str) -> None:
+    """As if the run had been stopped, its checkpoints ``lost`` never written."""
+    for name in lost:
+        shutil.rmtree(folder / "checkpoints" / name)
+    (folder / "status.json").write_text(json.dumps({**(read_status(folder) or {}), "state": "preempted"}))
+
+
+def test_newer_checkpoints_make_way(broken: tuple[Path, dict[str, Any]]) -> None:
+    """Of another way of the same run, they would stand where the new ones belong, and be gone on from later."""
+    folder, values = broken
+    values["checkpoint"]["keep_last"] = 2
+    run_here(values)
+    old = (folder / "checkpoints" / "step-6" / "config.yaml").read_text()
+    values["optimizer"]["learning_rate"] = 1e-2
+    values["checkpoint"]["resume"] = str(folder / "checkpoints" / "step-3")
+    assert len(run_here(values)) == 3
+    checkpoints = folder / "checkpoints"
+    assert (checkpoints / "superseded" / "step-6.1" / "config.yaml").read_text() == old
+    assert "learning_rate: 0.01" in (checkpoints / "step-6" / "config.yaml").read_text()
+    assert (checkpoints / "step-6" / "COMMITTED").is_file() and (checkpoints / "step-3" / "COMMITTED").is_file()
+    assert "step-6 is newer than step-3, which the run goes back to: moved to" in (folder / "messages.log").read_text()
+
+
+@pytest.mark.parametrize("where", ["its own folder", "another folder"])
+def test_the_same_command_goes_on_where_it_was(broken: tuple[Path, dict[str, Any]], tmp_path: Path, where: str) -> None:
+    """A launcher that restarts a run which began from a named checkpoint does not lose what was done since."""
+    folder, values = broken
+    values["checkpoint"]["resume"] = str(folder / "checkpoints" / "step-3")
+    values["training"]["steps"] = 9
+    if where == "another folder":
+        folder = tmp_path / "new"
+        values["run"]["folder"] = str(folder)
+    assert len(run_here(values)) == 6
+    interrupted(folder, "step-9")
+    assert len(run_here(values)) == 3  # on from step 6
+    interrupted(folder, "step-9", "step-6")
+    assert len(run_here(values)) == 6  # nothing saved since it began
+    assert not (folder / "checkpoints" / "superseded").exists()
+    assert [row["step"] for row in read_metrics(folder)][-6:] == [4, 5, 6, 7, 8, 9]
+
+
 def test_starts_over_without_a_checkpoint(broken: tuple[Path, dict[str, Any]]) -> None:
     folder, values = broken
     shutil.rmtree(folder / "checkpoints")
