@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from digrap_scale.config import Config, load_config
-from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError
+from digrap_scale.errors import EXIT_OK, ConfigError, DigrapError, complain
 from digrap_scale.version import __version__
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except DigrapError as error:
-        _complain(error)
+        complain(error)
         return error.exit_code
     return EXIT_OK
 
@@ -263,16 +263,3 @@ def _load(options: argparse.Namespace) -> Config:
     except ConfigError as error:
         error.agreed = True  # every rank reads the same file
         raise
-
-
-def _complain(error: DigrapError) -> None:
-    """Rank 0 tells what all ranks see (a bad config); what happens to one rank is told by that rank."""
-    rank = int(os.environ.get("RANK", "0"))
-    if error.agreed and rank != 0:
-        return
-    prefix = f"rank {rank}: " if rank != 0 else ""
-    # A launcher's own exit status is 1, whatever ours was.
-    suffix = f" (exit {error.exit_code})" if "WORLD_SIZE" in os.environ else ""
-    *lines, last = str(error).splitlines()
-    for line in [*lines, last + suffix]:
-        print(f"{prefix}{line}", file=sys.stderr)

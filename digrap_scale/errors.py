@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 
 EXIT_OK = 0
 EXIT_PREEMPTED = 75
@@ -69,6 +71,19 @@ class TrialError(DigrapError):
     """Some trials of a comparison failed; the others are in its report (exit 1)."""
 
     exit_code = 1
+
+
+def complain(error: DigrapError) -> None:
+    """Rank 0 tells what all ranks see (a bad config); what happens to one rank is told by that rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    if error.agreed and rank != 0:
+        return
+    prefix = f"rank {rank}: " if rank != 0 else ""
+    # A launcher's own exit status is 1, whatever ours was.
+    suffix = f" (exit {error.exit_code})" if "WORLD_SIZE" in os.environ else ""
+    *lines, last = str(error).splitlines()
+    for line in [*lines, last + suffix]:
+        print(f"{prefix}{line}", file=sys.stderr)
 
 
 def brief(error: BaseException) -> str:

@@ -7,14 +7,16 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from digrap_scale.errors import PeerError
+from digrap_scale.errors import DigrapError, PeerError, brief, complain
 
 _LONGEST_PERIOD_S = 5.0
+_FAILED = "failed|"
 _EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -86,7 +88,7 @@ class Nobody:
         """Nothing can be said of others."""
         return "no other process is known"
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Nothing to leave."""
 
     def stay(self) -> None:
@@ -105,9 +107,19 @@ class Watch(Nobody):
         timeout_s: how long a rank may be silent.
         give_up: called (on the lowest rank that lives) with the line that names the fault, before a process ends itself
             or where rank 0 cannot tell.
+        collectives_raise: whether a collective with a rank that is gone raises an error (gloo), or waits (NCCL).
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, give_up: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        give_up: Callable[[str], None],
+        collectives_raise: bool = True,
+    ) -> None:
+        self._collectives_raise = collectives_raise
         self._store, self._rank, self._size, self._timeout_s, self._give_up = store, rank, size, timeout_s, give_up
         self._period_s = min(_LONGEST_PERIOD_S, timeout_s / 10)
         self._place = (0, "starting", time.monotonic())
@@ -126,13 +138,18 @@ class Watch(Nobody):
         """Tell what this rank does from now on."""
         self._place = (step, doing, time.monotonic())
 
-    def close(self) -> None:
-        """This rank leaves, as it should."""
+    def close(self, error: BaseException | None = None) -> None:
+        """This rank leaves: as it should, or by an error that the others do not know of. Those must not wait for it."""
         self._stop.set()
+        alone = error is not None and not getattr(error, "agreed", False) and not isinstance(error, PeerError)
         if self._store_lost_since is not None:
             return
+        last = f"{_FAILED}{self._place[0]}|{type(error).__name__}: {brief(error)}" if error and alone else "left"
+        self._thread.join(self._period_s)  # its last beat must not come after this one
         with suppress(RuntimeError):  # rank 0, which holds the store, has left before: nobody looks any more
-            self._store.set(f"beat/{self._rank}", "left")
+            self._store.set(f"beat/{self._rank}", last)
+        if alone and self._rank == 0 and not self._collectives_raise:
+            time.sleep(2 * self._period_s)  # the store goes with this process: the others are to read it first
 
     def diagnosis(self) -> str:
         """Which rank is silent or behind, in which step, and what this one waited for. Takes up to four periods.
@@ -156,7 +173,7 @@ class Watch(Nobody):
         deadline = time.monotonic() + 4 * self._period_s
         while not silent and time.monotonic() < deadline:
             time.sleep(self._period_s / 2)
-            silent = self._silent(2.5 * self._period_s)
+            silent = self._silent(2.5 * self._period_s, failed_s=0)
         line = f"{self._names(silent) if silent else self._behind(step)}; {waited}"
         if 0 in silent and self._is_lowest_without(silent):
             self._give_up(line)
@@ -171,7 +188,8 @@ class Watch(Nobody):
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):
             self._exchange()
-            silent = self._silent(self._timeout_s)
+            # Where a collective with a rank that failed raises, the main thread is to end it: that tells more.
+            silent = self._silent(self._timeout_s, failed_s=2 * self._period_s)
             if not silent or self._stop.is_set():
                 continue
             line = f"{self._names(silent)}; {self._waited()}"
@@ -198,7 +216,8 @@ class Watch(Nobody):
             if self._seen[rank].beat != beat:
                 self._seen[rank] = _Seen(beat, now)
 
-    def _silent(self, longer_than_s: float) -> list[int]:
+    def _silent(self, longer_than_s: float, failed_s: float) -> list[int]:
+        """Who has not been heard of for so long, or has said so long ago that it failed."""
         now = time.monotonic()
         if self._store_lost_since is not None and self._rank != 0:
             # The store answers nobody: rank 0 is gone or stopped, of the others nothing is known.
@@ -206,12 +225,18 @@ class Watch(Nobody):
         return [
             rank
             for rank, seen in self._seen.items()
-            if rank != self._rank and seen.beat != b"left" and now - seen.since > longer_than_s
+            if rank != self._rank
+            and seen.beat != b"left"
+            and now - seen.since > (failed_s if _failed(seen.beat) else longer_than_s)
         ]
 
     def _names(self, silent: list[int]) -> str:
         words = []
         for rank in silent:
+            failed = _failed(self._seen[rank].beat)
+            if failed is not None:
+                words.append(f"rank {rank} failed in step {failed[0]} ({failed[1]})")
+                continue
             place = _parse(self._seen[rank].beat)
             where = f" (last seen in step {place[0]}, {place[2]})" if place is not None else ""
             words.append(f"rank {rank} is dead or stopped{where}")
@@ -226,6 +251,29 @@ class Watch(Nobody):
         rank = max(others, key=lambda rank: (others[rank][0] < step, others[rank][1]))
         at, seconds, doing = others[rank]
         return f"rank {rank} does not answer, though it lives: for {seconds} s in step {at}, {doing}"
+
+
+def leave_without_others(error: BaseException) -> NoReturn:
+    """Tell the error and end this process at once, with its exit code: for places where the others would be waited for."""
+    code = 1
+    if isinstance(error, DigrapError):
+        complain(error)
+        code = error.exit_code
+    elif isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _failed(beat: bytes) -> tuple[int, str] | None:
+    """Step and error of a rank that said so."""
+    if not beat.startswith(_FAILED.encode()):
+        return None
+    step, _, reason = beat.decode().removeprefix(_FAILED).partition("|")
+    return int(step), reason
 
 
 def _parse(beat: bytes) -> tuple[int, int, str] | None:

@@ -30,7 +30,15 @@ from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import prepare_folder
-from digrap_scale.training.setup import Place, choose_operators, collective_timeout_s, peer_errors, place, shared_store
+from digrap_scale.training.setup import (
+    Place,
+    choose_operators,
+    collective_timeout_s,
+    limit_collectives,
+    peer_errors,
+    place,
+    shared_store,
+)
 from digrap_scale.training.trackers import tracking
 from digrap_scale.training.wise_ft import check_interpolation, interpolated_rows
 
@@ -75,6 +83,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
         for line in start.notes:
             log.message(line)
         run = build_run(config, here)
+        limit_collectives(collective_timeout_s(config))
         check_interpolation(run, config)
         groups = build_groups(run.engine.module, config.optimizer, run.built.head)
         for line in skipped_lines(data) + run.built.report + describe_groups(groups):
@@ -118,12 +127,15 @@ def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) ->
         yield Nobody()
         return
     timeout_s = config.sharding.reduce_timeout_s
-    watch = Watch(shared_store(here), here.rank, here.world_size, timeout_s, log.given_up)
+    on_cpu = here.device.type == "cpu"
+    watch = Watch(shared_store(here), here.rank, here.world_size, timeout_s, log.given_up, collectives_raise=on_cpu)
     at_the_end.callback(watch.stay)
     try:
         yield watch
-    finally:
-        watch.close()
+    except BaseException as error:
+        watch.close(error)
+        raise
+    watch.close()
 
 
 def _report(config: Config, folder: Path, rows: list[ReportRow]) -> None:

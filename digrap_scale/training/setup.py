@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import Config
 from digrap_scale.errors import ConfigError, PeerError, SaveError, brief
+from digrap_scale.training.faults import leave_without_others
 from digrap_scale.training.launch import own_environment
 
 Result = TypeVar("Result")
@@ -127,6 +128,10 @@ def _joined(backend: str, device: torch.device, timeout: timedelta) -> Iterator[
     try:
         with peer_errors():
             yield
+    except BaseException as error:
+        if _destroying_waits(device) and not getattr(error, "agreed", False):
+            leave_without_others(error)
+        raise
     finally:
         # A gloo worker thread that still lets go of tensors while the interpreter shuts down aborts the process. With the
         # wrapped model gone (its caller's frame has ended), nothing keeps the groups, and destroying them joins the threads.
@@ -170,6 +175,11 @@ def imagined_place(config: Config, world_size: int) -> Iterator[Place]:
         finally:
             gc.collect()
             dist.destroy_process_group()
+
+
+def _destroying_waits(device: torch.device) -> bool:
+    """NCCL's groups are destroyed by all ranks together: one that fails alone would wait there for good, and say nothing."""
+    return device.type != "cpu" and dist.get_world_size() > 1
 
 
 def _path(backend: str) -> dict[str, str]:
@@ -241,6 +251,14 @@ _PEER_WORDS = (
 def collective_timeout_s(config: Config) -> float:
     """How long a collective waits: less than ``sharding.reduce_timeout_s``, so that there is time to find out for whom."""
     return 0.8 * config.sharding.reduce_timeout_s
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Give the time-out of the job's collectives to every group that this process is in: DeepSpeed's copy of the world and the
+    dimensions of a device mesh are made by their libraries, with torch's own of ten (NCCL) or thirty minutes."""
+    # Private: nothing public lists the groups. tests/distributed/test_launched.py looks at DeepSpeed's and the mesh's.
+    for group in list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []:
+        group.set_timeout(timedelta(seconds=timeout_s))
 
 
 def shared_store(here: Place) -> dist.Store:

@@ -107,3 +107,50 @@ def test_adapters(backend: str, model: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "run.yaml")
     assert main(["evaluate", file, "--weights", str(run / "final"), "sharding.backend=single"]) == 0
     assert json.loads((run / "evaluation" / "results.json").read_text())["rows"][0]["result"] == before_save
+
+
+GROUPS = """
+import sys
+import torch
+import torch.distributed as dist
+
+from digrap_scale import cli
+from digrap_scale.training import run
+
+steps = run.train_steps
+
+
+def looked_at(*arguments, **more):
+    groups = list(dist.distributed_c10d._world.pg_map)
+    times = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+    print(f"groups {len(groups)}, time-outs {sorted(times)}", flush=True)
+    return steps(*arguments, **more)
+
+
+run.train_steps = looked_at
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "ranks"), [("zero2", 2), ("hsdp", 4)])
+def test_every_group_has_the_time_out(backend: str, ranks: int, model: Path, tmp_path: Path) -> None:
+    """Those that DeepSpeed and the mesh make, too: 0.8 of `sharding.reduce_timeout_s`."""
+    sharding = {"backend": "fsdp2", "replicas": 2} if backend == "hsdp" else {"backend": backend}
+    values = config(model, tmp_path / "run", sharding={**sharding, "reduce_timeout_s": 500})
+    values["evaluation"]["suite"] = []
+    values["checkpoint"] = {"final": False}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "looked.py").write_text(GROUPS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "looked.py"), "train", str(tmp_path / "run.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("groups ")]
+    assert len(lines) == ranks and all(line.endswith("time-outs [400.0]") for line in lines), lines
+    assert int(lines[0].split()[1].rstrip(",")) > 2
