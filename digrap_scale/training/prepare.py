@@ -63,11 +63,11 @@ def prepare_folder(folder: Path, config: Config) -> Start:
     """
     problems = find_problems(config)
     resume = config.checkpoint.resume
-    restarted = resume not in (AUTO, NEVER) and _is_restarted(folder, config)
-    start = Start(*find_checkpoint(folder, AUTO if restarted else resume))
-    if restarted and start.checkpoint is None:
-        start = Start(*find_checkpoint(folder, resume))  # nothing was saved since it began there
     try:
+        restarted = resume not in (AUTO, NEVER) and _is_restarted(folder, config)
+        start = Start(*find_checkpoint(folder, AUTO if restarted else resume))
+        if restarted and start.checkpoint is None:
+            start = Start(*find_checkpoint(folder, resume))  # nothing was saved since it began there
         # The table of an earlier `evaluate` may be there already.
         earlier = folder.is_dir() and any(entry.name != "evaluation" for entry in folder.iterdir())
         goes_on = restarted or (earlier and _goes_on(folder, config, start, problems))
