@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,10 @@ from digrap_scale.training.setup import Place, collective_timeout_s
 from digrap_scale.training.state import RunState
 
 _STOP, _FAILED = 1, 2
+# Agreeing is a round trip over all hosts, some 10 ms for hundreds of ranks: those do it in every 2^k-th step, about once a second.
+_FEW_RANKS = 8
+_STRIDE_BIT, _LARGEST_STRIDE_LOG2 = 2, 5
+_AGREE_EVERY_S = 1.0
 
 
 class Keeper:
@@ -51,26 +57,42 @@ class Keeper:
         self._state, self._saver, self._settings, self._stop = state, saver, settings, stop
         self._ranks, self._total_steps, self._batches = ranks, total_steps, batches
         self.watch = watch
+        self._next_agreement = 0
+        self._last_agreement = (0, time.monotonic())
 
     def after_step(self, step: int) -> None:
-        """To be called after every step, on every rank. Collective: ranks agree on one number.
+        """To be called after every step, on every rank. Collective: ranks agree on one number, in a large job not in every step.
 
         Raises:
             SaveError: a checkpoint could not be written.
             Preempted: a rank was asked to stop; the state is saved.
         """
+        due = self._due(step)
+        if step < self._next_agreement and not due and step != self._total_steps:
+            return
         self.watch.at(step, "agreeing whether to stop")
-        wishes = self._ranks.any_of((_STOP if self._stop.wanted else 0) | (_FAILED if self._saver.failed else 0))
+        flags = (_STOP if self._stop.wanted else 0) | (_FAILED if self._saver.failed else 0)
+        wishes = self._ranks.any_of(flags | 1 << (_STRIDE_BIT + self._stride_log2(step)))
+        shortest = next(log2 for log2 in range(_LARGEST_STRIDE_LOG2 + 1) if wishes >> (_STRIDE_BIT + log2) & 1)
+        self._next_agreement, self._last_agreement = step + (1 << shortest), (step, time.monotonic())
         if wishes & _FAILED:
             self._saver.wait()
         stop = bool(wishes & _STOP)
-        if stop or self._due(step):
+        if stop or due:
             self.watch.at(step, "saving a checkpoint")
             bad_samples = sum(self._ranks.together(lambda: self._batches.bad_samples))
             data = self._batches.state_dict(bad_samples)
             self._saver.save(self._state.contents(step, data), wait=stop)
         if stop:
             raise Preempted(f"preempted; saved step {step}")
+
+    def _stride_log2(self, step: int) -> int:
+        """How many steps, as a power of two, this rank would let pass until the next agreement."""
+        if self._ranks.size <= _FEW_RANKS:
+            return 0
+        then, at = self._last_agreement
+        seconds = (time.monotonic() - at) / max(1, step - then)
+        return min(_LARGEST_STRIDE_LOG2, max(0, int(math.log2(_AGREE_EVERY_S / max(seconds, 1e-6)))))
 
     def _due(self, step: int) -> bool:
         every = self._settings.every_steps
