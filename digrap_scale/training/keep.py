@@ -23,7 +23,7 @@ from digrap_scale.training.setup import Place, collective_timeout_s
 from digrap_scale.training.state import RunState
 
 _STOP, _FAILED = 1, 2
-# Agreeing is a round trip over all hosts, some 10 ms for hundreds of ranks: those do it in every 2^k-th step, about once a second.
+# Agreeing is a round trip over all hosts, some 10 ms for hundreds of ranks: they do it in every 2^k-th step, about once a second.
 _FEW_RANKS = 8
 _STRIDE_BIT, _LARGEST_STRIDE_LOG2 = 2, 5
 _AGREE_EVERY_S = 1.0
