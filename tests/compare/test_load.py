@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from digrap_scale.compare.grid import TrialMaker, describe_setting, spaces
+from digrap_scale.compare.grid import TrialMaker, describe_setting, domains, spaces
 from digrap_scale.compare.load import load_grid
 from digrap_scale.compare.run import compare
 from digrap_scale.config import parse_config
@@ -16,6 +16,8 @@ from digrap_scale.config.load import dump_config
 from digrap_scale.data.check import check_data
 from digrap_scale.errors import ConfigError
 from tests.compare.grids import base_of, grid_of, write_grid
+
+ROOT = Path(__file__).parents[2]
 
 
 def problems(folder: Path, **changes: Any) -> list[str]:
@@ -135,3 +137,15 @@ def test_the_documents_example_is_read(tmp_path: Path) -> None:
     )
     (tmp_path / "grid.yaml").write_text(example.replace("[...]", "[]"))
     assert set(load_grid(str(tmp_path / "grid.yaml")).methods) == {"FT", "DiGraP", "LoRA"}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks" / "robustness").glob("*.yaml")), ids=lambda path: str(path.name)
+)
+def test_the_studys_comparisons_are_valid(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every config that comes out of them; their sets and models need not be there."""
+    monkeypatch.chdir(ROOT)
+    grid = load_grid(str(file))
+    for domain in domains(grid):
+        for method, space in spaces(grid).items():
+            TrialMaker(grid, str(file)).train(domain, method, space.settings[0], grid.seeds[0])
