@@ -39,6 +39,7 @@ CORRUPTIONS = (
     "jpeg_compression",
 )
 SEVERITIES = (1, 3, 5)
+IMPULSES = (0.03, 0.06, 0.09, 0.17, 0.27)  # shares of the pixels, by severity: ImageNet-C's
 SMALL = 0.55  # of the page's width
 GROUNDS = ((255, 224, 178), (200, 230, 201), (187, 222, 251), (225, 190, 231), (255, 205, 210), (207, 216, 220))
 SAMPLES_PER_SHARD = 10_000
@@ -48,10 +49,14 @@ Change = Callable[[Image.Image, int], Image.Image]
 
 def corrupted(severity: int) -> Change:
     import corrupt_tta
+    from skimage.util import random_noise  # comes with it
 
     def change(image: Image.Image, number: int) -> Image.Image:
-        np.random.seed(1000 * severity + number)  # the package draws from numpy's global generator
-        name = CORRUPTIONS[number % len(CORRUPTIONS)]
+        seed, name = 1000 * severity + number, CORRUPTIONS[number % len(CORRUPTIONS)]
+        if name == "impulse_noise":  # the package's draws from a generator that nobody can seed
+            noisy = random_noise(np.asarray(image) / 255.0, mode="s&p", amount=IMPULSES[severity - 1], rng=seed)
+            return Image.fromarray((255 * np.clip(noisy, 0, 1)).astype(np.uint8))
+        np.random.seed(seed)  # the others draw from numpy's global one
         found = corrupt_tta.corrupt(np.asarray(image), severity=severity, corruption_name=name)
         return Image.fromarray(np.clip(found, 0, 255).astype(np.uint8))
 
