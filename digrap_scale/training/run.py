@@ -42,6 +42,9 @@ from digrap_scale.training.setup import (
 from digrap_scale.training.trackers import tracking
 from digrap_scale.training.wise_ft import check_interpolation, interpolated_rows
 
+# Files may take hours: rank 0's look at all data, shards that every node fetches. A rank that dies meanwhile is noticed at once.
+_PREPARATION_S = 7 * 24 * 3600.0
+
 
 def train(config: Config) -> None:
     """Run ``config`` from start to end, on every rank of the job.
@@ -58,10 +61,12 @@ def train(config: Config) -> None:
 def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -> None:
     folder = Path(config.run.folder)
     ranks = Ranks.of_job(collective_timeout_s(config))
-    start = ranks.on_first(lambda: prepare_folder(folder, config))
-    ranks.on_first(lambda: note_environment(folder, config, here.world_size))
+    preparing = Ranks.of_job(_PREPARATION_S)
+    start = preparing.on_first(lambda: prepare_folder(folder, config))
+    preparing.on_first(lambda: note_environment(folder, config, here.world_size))
     checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
-    data = open_training_data(config, ranks.on_first)
+    data = open_training_data(config, preparing.on_first)
+    preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
     here.same("training shards: samples of each", [source.shards.counts for source in data])
     total_steps = count_steps(config, sum(source.shards.samples for source in data))
     start_step = 0 if checkpoint is None else checkpoint.step

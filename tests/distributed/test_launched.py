@@ -154,3 +154,48 @@ def test_every_group_has_the_time_out(backend: str, ranks: int, model: Path, tmp
     lines = [line for line in done.stdout.splitlines() if line.startswith("groups ")]
     assert len(lines) == ranks and all(line.endswith("time-outs [400.0]") for line in lines), lines
     assert int(lines[0].split()[1].rstrip(",")) > 2
+
+
+SLOW_START = """
+import sys
+import time
+
+from digrap_scale import cli
+from digrap_scale.training import run
+
+prepare, open_data = run.prepare_folder, run.open_training_data
+
+
+def slow_on_rank_0(*arguments):
+    time.sleep(30)
+    return prepare(*arguments)
+
+
+def slow_on_rank_1(config, once):
+    import torch.distributed as dist
+
+    time.sleep(30 * dist.get_rank())
+    return open_data(config, once)
+
+
+run.prepare_folder, run.open_training_data = slow_on_rank_0, slow_on_rank_1
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_preparing_may_take_longer_than_a_collective(model: Path, tmp_path: Path) -> None:
+    """Rank 0 looks at the data for 30 s, rank 1 fetches its own for as long; collectives wait 16 s."""
+    values = config(model, tmp_path / "run", sharding={"backend": "fsdp2", "reduce_timeout_s": 20})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "slow.py").write_text(SLOW_START)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "slow.py"), "train", str(tmp_path / "run.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
