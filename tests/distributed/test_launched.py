@@ -46,12 +46,19 @@ def config(path: Path, folder: Path, **sections: dict[str, Any]) -> dict[str, An
     return values
 
 
-def launch(ranks: int, values: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    ranks: int, values: dict[str, Any], folder: Path, script: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``script``: Python that stands in for ``-m digrap_scale``."""
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    program = ["-m", "digrap_scale"]
+    if script is not None:
+        (folder / "program.py").write_text(script)
+        program = [str(folder / "program.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [*command, "digrap_scale", "train", str(file)], capture_output=True, text=True, check=False, timeout=500
+        [*command, *program, "train", str(file)], capture_output=True, text=True, check=False, timeout=500
     )
 
 
@@ -140,16 +147,7 @@ def test_every_group_has_the_time_out(backend: str, ranks: int, model: Path, tmp
     values = config(model, tmp_path / "run", sharding={**sharding, "reduce_timeout_s": 500})
     values["evaluation"]["suite"] = []
     values["checkpoint"] = {"final": False}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    (tmp_path / "looked.py").write_text(GROUPS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "looked.py"), "train", str(tmp_path / "run.yaml")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    done = launch(ranks, values, tmp_path, GROUPS)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("groups ")]
     assert len(lines) == ranks and all(line.endswith("time-outs [400.0]") for line in lines), lines
@@ -187,15 +185,6 @@ sys.exit(cli.main())
 def test_preparing_may_take_longer_than_a_collective(model: Path, tmp_path: Path) -> None:
     """Rank 0 looks at the data for 30 s, rank 1 fetches its own for as long; collectives wait 16 s."""
     values = config(model, tmp_path / "run", sharding={"backend": "fsdp2", "reduce_timeout_s": 20})
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    (tmp_path / "slow.py").write_text(SLOW_START)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "slow.py"), "train", str(tmp_path / "run.yaml")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    done = launch(2, values, tmp_path, SLOW_START)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
