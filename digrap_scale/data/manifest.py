@@ -98,19 +98,36 @@ def _name(value: object) -> str:
 
 @dataclass(frozen=True)
 class StoredOffsets:
-    """Rows [first, first + count) of an offsets file; called, it gives them, mapped into memory."""
+    """Rows [first, first + count) of an offsets file; called, it gives them, mapped into memory.
+
+    Attributes:
+        path: the file.
+        first, count: the shard's rows.
+        rows: of the whole file, as the manifest counts its samples.
+        shard_bytes: size of the shard.
+    """
 
     path: Path
     first: int
     count: int
+    rows: int
+    shard_bytes: int
 
     def __call__(self) -> np.ndarray:
         """[count, 3] uint64. Raises: ConfigError: the file is missing, or not what the manifest says."""
-        return open_offsets(self.path, self.first + self.count)[self.first : self.first + self.count]
+        offsets = open_offsets(self.path, self.rows)[self.first : self.first + self.count]
+        stops = offsets[:, 0] + offsets[:, 1]
+        if len(stops) and (stops[-1] > self.shard_bytes or (offsets[1:, 0] < stops[:-1]).any()):
+            raise ConfigError(
+                f"{self.path}: rows {self.first} to {self.first + self.count} are not places in one shard of "
+                f"{self.shard_bytes} bytes: the manifest beside it counts its shards' samples wrongly; write it anew "
+                "(digrap-scale index)"
+            )
+        return offsets
 
 
 def open_offsets(path: Path, rows: int) -> np.ndarray:
-    """[≥ rows, 3] uint64, mapped into memory.
+    """[rows, 3] uint64, mapped into memory.
 
     Raises:
         ConfigError: the file is missing, or has another shape.
@@ -120,10 +137,10 @@ def open_offsets(path: Path, rows: int) -> np.ndarray:
         offsets = _mapped_file(path, written.st_ino, written.st_mtime_ns)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); write it anew (digrap-scale index)") from error
-    if offsets.dtype != np.uint64 or offsets.ndim != 2 or offsets.shape[1] != 3 or len(offsets) < rows:
+    if offsets.dtype != np.uint64 or offsets.shape != (rows, len(OFFSET_COLUMNS)):
         raise ConfigError(
-            f"{path}: expected {rows} × {len(OFFSET_COLUMNS)} uint64, found {offsets.shape} {offsets.dtype}; write it "
-            "anew (digrap-scale index)"
+            f"{path}: expected {rows} × {len(OFFSET_COLUMNS)} uint64 by the manifest beside it, found {offsets.shape} "
+            f"{offsets.dtype}; write both anew (digrap-scale index)"
         )
     return offsets
 

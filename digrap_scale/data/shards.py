@@ -276,7 +276,8 @@ def _listed(manifest_path: Path) -> dict[Path, tuple[ShardEntry, StoredOffsets |
     for entry in manifest.shards:
         stored = None
         if manifest.offsets is not None:
-            stored = StoredOffsets(folder / manifest.offsets.file, first, entry.samples)
+            file = folder / manifest.offsets.file
+            stored = StoredOffsets(file, first, entry.samples, manifest.samples, entry.bytes)
         listed[folder / entry.file] = entry, stored
         first += entry.samples
     return listed

@@ -61,7 +61,7 @@ class ShardScan:
 
     Attributes:
         offsets: [n, 3] uint64: each sample's first byte, its bytes with headers, and bytes of its json, txt and cls.
-        problems: what is wrong with the file, a line each; the samples concerned are not among ``offsets``.
+        problems: what is wrong with the file, a line each; samples that are not known to be whole are not among ``offsets``.
     """
 
     offsets: np.ndarray
@@ -73,10 +73,14 @@ class _Walk:
     """The samples found so far, and the one whose members are being read."""
 
     path: Path
-    rows: list[tuple[int, int, int]] = field(default_factory=list)
+    rows: list[tuple[int, int, int] | None] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
+    seen: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)  # key → its row, its members' extensions
+    kinds: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # equal extensions are kept once
     key: str | None = None
+    extensions: list[str] = field(default_factory=list)
+    foreign: bool = False  # a member of no sample stands between this sample's
+    foreign_behind: bool = False  # one stands behind its last member so far
     start: int = 0
     stop: int = 0
     text_bytes: int = 0
@@ -90,28 +94,46 @@ class _Walk:
                 raise SampleError(f"{self.path}: member {member.name!r} is not a regular file")
         except SampleError as error:
             self.problems += error.problems
+            self.foreign_behind = True
             return
         if key != self.key:
             self.finish()
             self.key, self.start, self.text_bytes = key, member.offset, 0
+            self.extensions, self.foreign = [], False
+        else:
+            self.foreign |= self.foreign_behind
+        self.foreign_behind = False
         self.stop = self.end
+        self.extensions.append(extension)
         self.text_bytes += member.size if extension in TEXT_EXTENSIONS else 0
 
     def finish(self) -> None:
+        """The open sample is whole: another one, or the file's end, comes after it."""
         if self.key is None:
             return
+        extensions = tuple(self.extensions)
         if self.key in self.seen:
+            row, known = self.seen[self.key]
+            left_out = ""
+            if not set(extensions) <= set(known):  # not the same once more: its members stand apart
+                self.rows[row] = None
+                left_out = "; it is no whole sample"
             self.problems.append(
                 f"{self.path}: sample {self.key} comes again at byte {self.start}: keys must be unique in a shard and "
-                "a sample's members stand next to each other"
+                f"a sample's members stand next to each other{left_out}"
             )
-        else:
-            self.seen.add(self.key)
+        elif not self.foreign:  # what stands between its members would be read with them
+            self.seen[self.key] = len(self.rows), self.kinds.setdefault(extensions, extensions)
             self.rows.append((self.start, self.stop - self.start, self.text_bytes))
         self.key = None
 
-    def after(self) -> str:
-        return f"after sample {self.key}" if self.key is not None else "before its first sample"
+    def broke_off(self, problem: str) -> None:
+        """The file cannot be read on; what else the open sample had is not known."""
+        where = (
+            "before its first sample" if self.key is None else f"within or after sample {self.key}, which is left out"
+        )
+        self.problems.append(f"{self.path}: {problem} {where}")
+        self.key = None
 
 
 def scan_shard(path: Path) -> ShardScan:
@@ -131,33 +153,35 @@ def scan_shard(path: Path) -> ShardScan:
                         walk.end = member.offset_data
                     else:
                         walk.member(member)
-                problem = _end_problem(stream, walk.end)
+                _find_end(stream, walk)
             except tarfile.TarError as error:
-                problem = f"is cut off or broken ({error})"
-            if problem is not None:
-                walk.problems.append(f"{path}: {problem} {walk.after()}")
-            if walk.end > os.fstat(stream.fileno()).st_size:
-                walk.key = None  # the last member's data are not all there
+                walk.broke_off(f"is cut off or broken ({error})")
     except (OSError, tarfile.TarError) as error:
         raise ConfigError(f"{path}: cannot be read as a plain tar file: {error}") from error
     walk.finish()
-    return ShardScan(np.array(walk.rows, dtype=np.uint64).reshape(-1, len(OFFSET_COLUMNS)), walk.problems)
+    rows = [row for row in walk.rows if row is not None]
+    return ShardScan(np.array(rows, dtype=np.uint64).reshape(-1, len(OFFSET_COLUMNS)), walk.problems)
 
 
-def _end_problem(stream: IO[bytes], end: int) -> str | None:
-    """What is wrong with the file's end; ``tarfile`` takes a broken header, and half of one, for the end."""
+def _find_end(stream: IO[bytes], walk: _Walk) -> None:
+    """Whether the file's end is one; ``tarfile`` takes a broken header, and half of one, for the end."""
+    size, end = os.fstat(stream.fileno()).st_size, walk.end
     stream.seek(end)
     header = stream.read(tarfile.BLOCKSIZE)
     if not header:
-        return "ends without an end mark: it is cut off"
-    if len(header) < tarfile.BLOCKSIZE:
-        return f"is cut off within a header at byte {end}"
-    if header.count(0) != tarfile.BLOCKSIZE:
-        return f"has a damaged header at byte {end}"
-    while block := stream.read(1 << 20):
-        if block.count(0) != len(block):
-            return f"has data behind its end mark at byte {end}, which nothing would read,"
-    return None
+        walk.broke_off("ends without an end mark: it is cut off")
+    elif len(header) < tarfile.BLOCKSIZE:
+        walk.broke_off(f"is cut off within a header at byte {end}")
+    elif header.count(0) != tarfile.BLOCKSIZE:
+        walk.broke_off(f"has a damaged header at byte {end}, so that {size - end} bytes are not read,")
+    else:
+        while block := stream.read(1 << 20):
+            if block.count(0) != len(block):
+                behind = f"after sample {walk.key}" if walk.key is not None else "before its first sample"
+                walk.problems.append(
+                    f"{walk.path}: has data behind its end mark at byte {end}, which nothing would read, {behind}"
+                )
+                return
 
 
 def scan_checked(path: Path, skip: bool = False) -> ShardScan:

@@ -48,9 +48,39 @@ def test_a_shard_cut_at_or_in_a_header_is_named(tmp_path: Path, keep: int) -> No
     path.write_bytes(path.read_bytes()[: headers(path)[4].offset + keep])
     with tarfile.open(path) as opened:
         assert len(opened.getmembers()) == 4
-    with pytest.raises(ConfigError, match=r"x\.tar: .*cut off.* after sample k1"):
+    with pytest.raises(ConfigError, match=r"x\.tar: .*cut off.* after sample k1, which is left out"):
         scan_checked(path)
-    assert len(scan_checked(path, skip=True).offsets) == 2
+    assert len(scan_checked(path, skip=True).offsets) == 1  # nothing tells whether k1 had more members
+
+
+@pytest.mark.parametrize("keep", [0, 1, BLOCK - 1])
+def test_a_sample_cut_before_its_image_is_none(tmp_path: Path, keep: int) -> None:
+    """A question without its image would be a sample as good as any."""
+    path = three(tmp_path)
+    path.write_bytes(path.read_bytes()[: headers(path)[5].offset + keep])
+    scan = scan_checked(path, skip=True)
+    assert len(scan.offsets) == 2 and "sample k2, which is left out" in scan.problems[0]
+
+
+@pytest.mark.parametrize(("member", "whole"), [(1, 0), (3, 1), (2, 0)])
+def test_a_sample_before_a_damaged_header_is_none(tmp_path: Path, member: int, whole: int) -> None:
+    path = three(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[headers(path)[member].offset] ^= 0xFF
+    path.write_bytes(data)
+    scan = scan_checked(path, skip=True)
+    assert len(scan.offsets) == whole and "bytes are not read" in scan.problems[0]
+
+
+def test_a_foreign_member_within_a_sample_leaves_it_out(tmp_path: Path) -> None:
+    """Between two samples it does no harm."""
+    first, second = sample_members("a"), sample_members("b")
+    path = raw_tar(tmp_path / "x.tar", [first[0], ("a.pth", b"x"), first[1], ("README.md", b"x"), *second])
+    scan = scan_checked(path, skip=True)
+    assert len(scan.problems) == 2
+    assert [ShardReader([path], [lambda: scan.offsets]).read(0, i)["__key__"] for i in range(len(scan.offsets))] == [
+        "b"
+    ]
 
 
 @pytest.mark.parametrize("member", [4, 5])
@@ -77,12 +107,16 @@ def test_a_damaged_header_and_data_behind_the_end_are_named(tmp_path: Path) -> N
 
 
 def test_repeated_and_interleaved_keys_are_named(tmp_path: Path) -> None:
+    """A repeated sample counts once; members that stand apart make no sample."""
     a, b = sample_members("a"), sample_members("b")
-    for name, members in (("repeated", [*a, *b, *a]), ("interleaved", [a[0], b[0], a[1], b[1]])):
+    cases = {"repeated": ([*a, *b, *a], ["a", "b"]), "interleaved": ([a[0], b[0], a[1], b[1]], [])}
+    for name, (members, whole) in cases.items():
         path = raw_tar(tmp_path / f"{name}.tar", members)
         with pytest.raises(ConfigError, match=rf"{name}\.tar: sample a comes again at byte"):
             scan_checked(path)
-        assert len(scan_checked(path, skip=True).offsets) == 2
+        scan = scan_checked(path, skip=True)
+        reader = ShardReader([path], [lambda scan=scan: scan.offsets])
+        assert [reader.read(0, i)["__key__"] for i in range(len(scan.offsets))] == whole
 
 
 def test_foreign_members_links_and_others_are_named_together(tmp_path: Path) -> None:
