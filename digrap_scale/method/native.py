@@ -33,7 +33,7 @@ _INSTRUCTIONS = {
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_ABSENT = (0, 0)
+_NO_MOMENTS = (1.0, 0.0, 0.0, 0.0)
 
 
 class NativeError(Exception):
@@ -55,29 +55,29 @@ class NativeKernels(Kernels):
 
     def gradient_statistics(self, views: Sequence[ShardView], with_previous: bool) -> torch.Tensor:
         """⟨g, d_t⟩, ‖d_t‖², ⟨g, d_{t-1}⟩ and ‖g‖² of every view, [L, 4] float64, without ``grad_scale``."""
-        table, numbers = _Table(), []
-        for view in views:
-            moments = view.moments if with_previous and view.projected else None
-            previous = view.previous if with_previous and view.projected and moments is None else None
-            table.row(
-                view.weight.numel(),
-                view.grad,
-                view.weight if view.projected else None,
-                view.reference if view.projected else None,
-                previous,
-                None if moments is None else moments.first,
-                None if moments is None else moments.second,
-            )
-            numbers.append((1.0, 0.0, 0.0, 0.0) if moments is None else moments.factors)
+        moments = [view.moments if with_previous and view.projected else None for view in views]
+        previous = [
+            view.previous if with_previous and view.projected and before is None else None
+            for view, before in zip(views, moments, strict=True)
+        ]
+        table = _Table([view.weight.numel() for view in views])
+        table.add([view.grad for view in views])
+        table.add([view.weight if view.projected else None for view in views])
+        table.add([view.reference if view.projected else None for view in views])
+        table.add(previous)
+        table.add([None if before is None else before.first for before in moments])
+        table.add([None if before is None else before.second for before in moments])
+        numbers = [_NO_MOMENTS if before is None else before.factors for before in moments]
         return self._sums(self._library.gradient_products, table, numbers, 4)
 
     def update_statistics(self, views: Sequence[ShardView]) -> torch.Tensor:
         """⟨u, d_t⟩ and ‖u‖² of every view, [L, 2] float64; zeros where it is not projected."""
-        table = _Table()
         for view in views:
             assert view.previous is not None or not view.projected, f"{view.spec.name}: its weights were not kept"
-            elements = view.weight.numel() if view.projected else 0
-            table.row(elements, view.weight, view.previous, view.reference)
+        table = _Table([view.weight.numel() if view.projected else 0 for view in views])
+        table.add([view.weight for view in views])
+        table.add([view.previous for view in views])
+        table.add([view.reference for view in views])
         return self._sums(self._library.update_products, table, [(0.0,)] * len(views), 2)
 
     def add_displacements_(
@@ -89,17 +89,21 @@ class NativeKernels(Kernels):
         scale: float,
     ) -> None:
         """Each target ← scale · target + factor · (θ − θ₀), summed in float32 and rounded once."""
-        table = _Table()
-        for target, theta, reference in zip(targets, thetas, references, strict=True):
-            table.row(target.numel(), target, theta, reference, changed=1)
+        table = _Table([target.numel() for target in targets])
+        table.add(targets, changed=True)
+        table.add(thetas)
+        table.add(references)
         self._run(self._library.add_displacement, table, [(factor, scale) for factor in factors], None)
 
     def adam_all_(self, stepped: Sequence[tuple[ShardView, AdamState, AdamNumbers]]) -> None:
         """One step of Adam on every view, with the gradient scale · g + factor · (θ − θ₀); see ``AdamNumbers``."""
-        table = _Table()
-        for view, state, numbers in stepped:
-            reference = view.reference if numbers.factor != 0.0 else None
-            table.row(view.weight.numel(), view.weight, state.first, state.second, view.grad, reference, changed=3)
+        views = [view for view, _, _ in stepped]
+        table = _Table([view.weight.numel() for view in views])
+        table.add([view.weight for view in views], changed=True)
+        table.add([state.first for _, state, _ in stepped], changed=True)
+        table.add([state.second for _, state, _ in stepped], changed=True)
+        table.add([view.grad for view in views])
+        table.add([view.reference if numbers.factor != 0.0 else None for view, _, numbers in stepped])
         self._run(self._library.adam, table, [numbers for _, _, numbers in stepped], None)
 
     def _sums(
@@ -108,7 +112,7 @@ class NativeKernels(Kernels):
         blocks = table.blocks()
         sums = np.zeros((len(blocks), width))
         self._run(function, table, numbers, sums, blocks)
-        total = torch.zeros(len(table.rows), width, dtype=torch.float64)
+        total = torch.zeros(len(table.sizes), width, dtype=torch.float64)
         return total.index_add_(0, torch.from_numpy(blocks[:, 0].copy()), torch.from_numpy(sums))
 
     def _run(
@@ -123,7 +127,7 @@ class NativeKernels(Kernels):
         blocks = table.blocks() if blocks is None else blocks
         if not len(blocks):
             return
-        rows = np.array(table.rows, dtype=np.int64)
+        rows = table.rows()
         values = np.array(numbers, dtype=np.float32)
         out = None if sums is None else sums.ctypes.data
         threads = torch.get_num_threads()
@@ -140,37 +144,41 @@ class NativeKernels(Kernels):
 
 
 class _Table:
-    """Addresses and kinds of the operands of many layers; keeps alive what had to be copied for them."""
+    """Addresses and kinds of the operands of many layers, a column an operand; keeps alive what had to be copied for them.
 
-    def __init__(self) -> None:
-        self.rows: list[list[int]] = []
-        self._sizes: list[int] = []
+    Args:
+        sizes: elements of each layer.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self._columns: list[np.ndarray] = []
         self._alive: list[torch.Tensor] = []
 
-    def row(self, elements: int, *operands: torch.Tensor | None, changed: int = 0) -> None:
-        """Adds a layer; its first ``changed`` operands are written to."""
-        row: list[int] = []
-        for number, tensor in enumerate(operands):
-            row += _ABSENT if tensor is None else self._operand(tensor, number < changed)
-        self.rows.append(row)
-        self._sizes.append(elements)
+    def add(self, operands: Sequence[torch.Tensor | None], changed: bool = False) -> None:
+        """The next operand of every layer; ``changed`` if it is written to."""
+        addresses, kinds = [0] * len(operands), [0] * len(operands)
+        for row, tensor in enumerate(operands):  # for each of thousands of layers in each step: no calls but torch's
+            if tensor is None:
+                continue
+            kind = KINDS.get(tensor.dtype, 0)
+            if not kind or not tensor.is_contiguous():
+                assert not changed, f"a {tensor.dtype} tensor of strides {tensor.stride()} cannot be changed in place"
+                tensor, kind = tensor.to(torch.float32).contiguous(), 1
+                self._alive.append(tensor)
+            addresses[row], kinds[row] = tensor.data_ptr(), kind
+        self._columns += [np.array(addresses, dtype=np.int64), np.array(kinds, dtype=np.int64)]
 
-    def _operand(self, tensor: torch.Tensor, changed: bool) -> tuple[int, int]:
-        kind = KINDS.get(tensor.dtype, 0)
-        if not kind or not tensor.is_contiguous():
-            assert not changed, f"a {tensor.dtype} tensor of strides {tensor.stride()} cannot be changed in place"
-            tensor = tensor.to(torch.float32).contiguous()
-            kind = 1
-            self._alive.append(tensor)
-        return tensor.data_ptr(), kind
+    def rows(self) -> np.ndarray:
+        """[layers, 2 · operands] int64."""
+        return np.stack(self._columns, axis=1)
 
     def blocks(self) -> np.ndarray:
         """[blocks, 3] int64: row, start, stop."""
-        sizes = np.array(self._sizes, dtype=np.int64)
-        counts = -(-sizes // BLOCK_ELEMENTS)
-        rows = np.repeat(np.arange(len(sizes)), counts)
+        counts = -(-self.sizes // BLOCK_ELEMENTS)
+        rows = np.repeat(np.arange(len(counts)), counts)
         starts = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * BLOCK_ELEMENTS
-        stops = np.minimum(starts + BLOCK_ELEMENTS, sizes[rows])
+        stops = np.minimum(starts + BLOCK_ELEMENTS, self.sizes[rows])
         return np.ascontiguousarray(np.stack([rows, starts, stops], axis=1), dtype=np.int64)
 
 

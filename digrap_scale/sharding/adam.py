@@ -67,7 +67,8 @@ def step_counts(steps: Sequence[torch.Tensor]) -> list[float]:
     counts = [0.0] * len(steps)
     for device in {step.device for step in steps}:
         here = [i for i, step in enumerate(steps) if step.device == device]
-        for i, count in zip(here, torch.stack([steps[i].reshape(()) for i in here]).tolist(), strict=True):
+        flat = [step if step.dim() == 0 else step.reshape(()) for step in (steps[i] for i in here)]
+        for i, count in zip(here, torch.stack(flat).tolist(), strict=True):
             counts[i] = count
     return counts
 

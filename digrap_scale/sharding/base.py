@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.aliases import Aliases
 from digrap_scale.types import ShardSpec, ShardView
 
 STEP = "step"  # in an optimizer's state: how many steps; everything else there has the parameter's shape
@@ -102,14 +103,15 @@ class Backend:
         self.specs: list[ShardSpec] = [self.spec(name, parameter) for name, parameter, _ in self._trained]
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._dropped: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._aliases = aliases_of(optimizer)
 
     def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
         """Which elements of ``parameter`` this rank holds."""
         return ShardSpec(name, tuple(parameter.shape), 0, parameter.numel())
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a parameter, a gradient or an optimizer state tensor."""
-        return tensor.detach()
+        """This rank's part of a parameter, a gradient or an optimizer state tensor: the same object each time."""
+        return tensor
 
     def weights(self) -> list[torch.Tensor]:
         """[N] flat weights of every layer, aliasing what the optimizer steps."""
@@ -137,7 +139,9 @@ class Backend:
         lr_of = [float(group["lr"]) for group in self.hooked[0].param_groups]
         for layer in range(len(self.specs)) if layers is None else layers:
             spec, (_, parameter, group) = self.specs[layer], self._trained[layer]
-            weight = self._flat_weight(spec, parameter)
+            weight = self._aliases.flat("weight", layer, self.local(parameter))
+            if weight is None:
+                weight = self._flat_weight(spec, parameter)
             grad = None if parameter.grad is None else self._flat_grad(self.local(parameter.grad))
             views.append(ShardView(spec, weight, grad, lr=lr_of[group]))
         return views
@@ -152,9 +156,15 @@ class Backend:
             if not of_layer:
                 found.append(None)
                 continue
-            first, second = (self.local(of_layer[key]).reshape(-1) for key in ("exp_avg", "exp_avg_sq"))
-            found.append((first, second, of_layer["step"]))
+            first, second = self.local(of_layer["exp_avg"]), self.local(of_layer["exp_avg_sq"])
+            found.append(
+                (self._flat_state("first", layer, first), self._flat_state("second", layer, second), of_layer[STEP])
+            )
         return found
+
+    def _flat_state(self, what: str, layer: int, local: torch.Tensor) -> torch.Tensor:
+        flat = self._aliases.flat(what, layer, local)
+        return local.reshape(-1) if flat is None else flat  # other strides: a copy, for this step
 
     def state_holder(self, layer: int) -> tuple[torch.Tensor, slice]:
         """The tensor under which the optimizer keeps a layer's state, and which of its elements (flattened) are the layer's."""
@@ -293,7 +303,7 @@ class Backend:
                 f"{spec.name}: its memory is not contiguous (strides {tuple(local.stride())} for shape "
                 f"{tuple(local.shape)}); call .contiguous() on the weights before attach()"
             )
-        return local.view(-1)
+        return local.detach().view(-1)
 
     def _flat_grad(self, local: torch.Tensor) -> torch.Tensor:
         if local.is_contiguous():
@@ -301,6 +311,13 @@ class Backend:
         copy = local.contiguous().view(-1)
         self._copied.append((local, copy))
         return copy
+
+
+def aliases_of(optimizer: Optimizer) -> Aliases:
+    """Empty, and empty again whenever the optimizer's state is loaded: its old moments must not stay in memory."""
+    aliases = Aliases()
+    optimizer.register_load_state_dict_post_hook(lambda _: aliases.forget())
+    return aliases
 
 
 def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:

@@ -248,7 +248,7 @@ def fill_shards(model: nn.Module, slices: Slices | None, device: torch.device) -
     if not hollow:
         return
     real = {
-        name: _local(tensor).clone()
+        name: _local(tensor).detach().clone()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if name not in hollow
     }
@@ -275,7 +275,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     # Not the public to_local(): it goes through autograd and costs ten times as much, for each of thousands of tensors in
     # each step. tests/sharding holds the attribute against it.
     local: torch.Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return local.detach()
+    return local
 
 
 def _separate_plain_tensors(optimizer: Optimizer) -> None:

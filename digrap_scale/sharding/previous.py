@@ -123,24 +123,25 @@ class RecomputedWeights:
         present = [(layer, state) for layer, state in zip(wanted, states, strict=True) if state is not None]
         moments_L: list[AdamMoments | None] = [None] * len(rows)
         counts = step_counts([state[2] for _, state in present])
+        known: dict[tuple[float, ...], tuple[float, float, float, float]] = {}  # most layers are stepped alike
         for (layer, (first, second, _)), count in zip(present, counts, strict=True):
-            _, lr, decay, beta1, beta2, eps = rows[layer]
-            if lr == 0 or count == 0:  # not moved: θ_{t-2} = θ_{t-1}
-                factors = (1.0, 0.0, 1.0, eps)
-            else:
-                factors = (1 - lr * decay, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), eps)
-            moments_L[layer] = AdamMoments(first, second, factors)
+            step = (*rows[layer], count)
+            if step not in known:
+                known[step] = _factors(*step[1:])
+            moments_L[layer] = AdamMoments(first, second, known[step])
         return moments_L
 
     def note_step(self, views: Sequence[ShardView], layers: Sequence[int]) -> None:
         """Called before the optimizer changes ``layers``: remember what it will do it with."""
-        rows = []
+        rows, known = [], {}  # once a group, not once a layer
         for layer, view in zip(layers, views, strict=True):
-            group = self._backend.group(layer)
-            decay = group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
-            # A layer without a gradient is not stepped: θ_{t-2} = θ_{t-1}, as a step with rate 0 gives.
-            lr, decay = (view.lr, decay) if view.grad is not None else (0.0, 0.0)
-            rows.append([1.0, lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]])
+            group, moves = self._backend.group(layer), view.grad is not None
+            if (id(group), moves) not in known:
+                decay = group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
+                # A layer without a gradient is not stepped: θ_{t-2} = θ_{t-1}, as a step with rate 0 gives.
+                lr, decay = (view.lr, decay) if moves else (0.0, 0.0)
+                known[id(group), moves] = [1.0, lr, decay, *(float(beta) for beta in group["betas"]), group["eps"]]
+            rows.append(known[id(group), moves])
         if rows:
             self._settings_LS[list(layers)] = torch.tensor(rows, dtype=torch.float64)
 
@@ -174,6 +175,15 @@ class RecomputedWeights:
 
 
 PreviousWeights = KeptWeights | RecomputedWeights
+
+
+def _factors(
+    lr: float, decay: float, beta1: float, beta2: float, eps: float, count: float
+) -> tuple[float, float, float, float]:
+    """``AdamMoments.factors`` of the ``count``-th step."""
+    if lr == 0 or count == 0:  # not moved: θ_{t-2} = θ_{t-1}
+        return (1.0, 0.0, 1.0, eps)
+    return (1 - lr * decay, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), eps)
 
 
 def can_recompute(backend: Backend) -> str | None:

@@ -16,7 +16,15 @@ import torch.distributed as dist
 from torch import nn
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.base import Backend, all_gather, all_reduce_, gather_intervals, unwrapped_name
+from digrap_scale.sharding.base import (
+    STEP,
+    Backend,
+    aliases_of,
+    all_gather,
+    all_reduce_,
+    gather_intervals,
+    unwrapped_name,
+)
 from digrap_scale.types import ShardSpec, ShardView
 
 
@@ -39,6 +47,7 @@ class ZeroBackend(Backend):
         self.specs = []
         self._copied = []
         self._dropped = []
+        self._aliases = aliases_of(self._zero.optimizer)
         self._place: list[Place] = []
         self._group: dist.ProcessGroup | None = None
 
@@ -53,7 +62,13 @@ class ZeroBackend(Backend):
 
     def _weight(self, layer: int) -> torch.Tensor:
         place = self._place[layer]
-        return self._flats[place.flat].detach().narrow(0, place.offset, place.real)
+        return self._part("weight", layer, self._flats[place.flat])
+
+    def _part(self, what: str, layer: int, flat: torch.Tensor) -> torch.Tensor:
+        place = self._place[layer]
+        part = self._aliases.flat(what, layer, flat, (place.offset, place.real))
+        assert part is not None, f"a flat partition of strides {flat.stride()}"
+        return part
 
     def weights(self) -> list[torch.Tensor]:
         return [self._weight(layer) for layer in range(len(self.specs))]
@@ -81,8 +96,11 @@ class ZeroBackend(Backend):
             if not state:
                 found.append(None)
                 continue
-            first, second = (state[key].narrow(0, place.offset, place.real) for key in ("exp_avg", "exp_avg_sq"))
-            found.append((first, second, state["step"]))
+            first, second = (
+                self._part("first", layer, state["exp_avg"]),
+                self._part("second", layer, state["exp_avg_sq"]),
+            )
+            found.append((first, second, state[STEP]))
         return found
 
     def state_holder(self, layer: int) -> tuple[torch.Tensor, slice]:
