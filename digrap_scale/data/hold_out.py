@@ -62,18 +62,19 @@ def join(sets: Sequence[ShardSet]) -> ShardSet:
         tuple(path for one in sets for path in one.paths),
         tuple(count for one in sets for count in one.counts),
         tuple(offsets for one in sets for offsets in one.offsets),
+        tuple(sum_ for one in sets for sum_ in one.sums),
         selection=sets[0].selection,
     )
 
 
 def _chosen(shards: ShardSet, rows: Sequence[np.ndarray], selection: str) -> ShardSet:
     parts = [
-        (path, len(chosen), _Rows(path, offsets, shards.skip, chosen))
-        for path, offsets, chosen in zip(shards.paths, shards.offsets, rows, strict=True)
+        (path, len(chosen), _Rows(path, offsets, shards.skip, chosen), sum_)
+        for path, offsets, sum_, chosen in zip(shards.paths, shards.offsets, shards.sums, rows, strict=True)
         if len(chosen)
     ]
-    paths, counts, offsets = zip(*parts, strict=True)
-    return replace(shards, paths=paths, counts=counts, offsets=offsets, selection=selection)
+    paths, counts, offsets, sums = zip(*parts, strict=True)
+    return replace(shards, paths=paths, counts=counts, offsets=offsets, sums=sums, selection=selection)
 
 
 @dataclass(frozen=True, eq=False)

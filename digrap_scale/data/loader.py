@@ -197,6 +197,7 @@ class TrainingLoader(Iterable[Batch]):
 
     Attributes:
         bad_samples: samples that this rank has skipped; after a resume, and its share of those that were skipped before.
+            Rank 0 also counts what the shards' scan has left out, a problem as one.
     """
 
     def __init__(self, batches: _TrainBatches, max_bad_samples: int, workers: Workers) -> None:
@@ -204,7 +205,11 @@ class TrainingLoader(Iterable[Batch]):
         self._max_bad_samples = max_bad_samples
         self._cursor = batches.split.first()
         self._world_size = batches.split.world_size
-        self.bad_samples = 0
+        # What the shards' scan has left out counts once, on rank 0: the ranks' numbers are summed.
+        left_out = [problem for source in batches.sources.sources for problem in source.shards.skipped]
+        if len(left_out) > max_bad_samples:
+            raise _too_many(max_bad_samples, left_out[-1])
+        self.bad_samples = len(left_out) if batches.rank == 0 else 0
 
     def __len__(self) -> int:
         split = self._batches.split
@@ -230,10 +235,7 @@ class TrainingLoader(Iterable[Batch]):
             if self.bad_samples <= MAX_SHOWN_SKIPS:
                 logger.warning("sample skipped: %s", problem)
             if self.bad_samples > self._max_bad_samples:
-                raise ConfigError(
-                    f"data.max_bad_samples: expected at most {self._max_bad_samples} bad samples on a rank, found one "
-                    f"more: {problem}"
-                )
+                raise _too_many(self._max_bad_samples, problem)
 
     def source_samples(self) -> dict[str, int]:
         """Samples that each source of a mixture has given so far, over all ranks; {} where there is one source."""
@@ -271,8 +273,11 @@ class TrainingLoader(Iterable[Batch]):
             "window_samples": "data.shuffle_buffer_samples",
             "bucketed": "data.bucket_by_length",
             "shards": "training shards",
+            "content": "content of the training shards",
         }
         for key, expected in self._identity().items():
+            if key == "content" and (expected is None or state.get(key) is None):
+                continue  # shards without a manifest, or a state of an older version
             if state.get(key) != expected:
                 raise CheckpointError(
                     f"data state: {names[key]}: the checkpoint was saved with {state.get(key)!r}, found {expected!r}; "
@@ -298,7 +303,14 @@ class TrainingLoader(Iterable[Batch]):
             "window_samples": sources.window_samples,
             "bucketed": sources.bucketed,
             "shards": f"{sources.samples} samples, {sources.fingerprint()}",
+            "content": sources.content(),
         }
+
+
+def _too_many(expected: int, problem: str) -> ConfigError:
+    return ConfigError(
+        f"data.max_bad_samples: expected at most {expected} bad samples on a rank, found one more: {problem}"
+    )
 
 
 def build_training_loader(

@@ -21,6 +21,8 @@ from digrap_scale.data.splitting import Span
 from digrap_scale.data.tar import IMAGE_MEMBER, TEXT_EXTENSIONS, Offsets, SampleError, ShardReader
 
 MAX_IMAGE_PIXELS = 64 * 2**20
+MAX_SAMPLE_PIXELS = 4 * MAX_IMAGE_PIXELS  # of all images of a sample: a few bytes can stand for many pixels
+IMAGE_COUNT = "image_count"  # in a sample's JSON: how many images it was made with
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -84,7 +86,17 @@ def decode_sample(raw: dict[str, Any]) -> dict[str, Any]:
     empty) and, where there is one, ``image`` (the first)."""
     where = f"{raw['__url__']}: sample {raw['__key__']}"
     meta = decode_meta(raw, where)
-    images = [decode_image(raw[member], where) for member in _image_members(raw, where)]
+    members = _image_members(raw, where)
+    made_with = meta.get(IMAGE_COUNT, len(members))
+    if made_with != len(members):
+        raise SampleError(f"{where}: expected {made_with} images by its {IMAGE_COUNT}, found {len(members)}")
+    images: list[Image.Image] = []
+    pixels = 0
+    for member in members:
+        images.append(decode_image(raw[member], where))
+        pixels += images[-1].width * images[-1].height
+        if pixels > MAX_SAMPLE_PIXELS:
+            raise SampleError(f"{where}: its images have {pixels} pixels and more, limit {MAX_SAMPLE_PIXELS} in all")
     sample: dict[str, Any] = {
         "key": raw["__key__"],
         "shard": raw["__url__"],

@@ -195,6 +195,7 @@ class ShardSet:
         paths: the tar files.
         counts: samples of each.
         offsets: of each, as far as they are known without walking through it; see ``ShardScan.offsets``.
+        sums: sha256 of each in hex, by its manifest; None without one.
         skipped: what was found broken and is not counted, a line each.
         skip: whether broken parts are left out.
         selection: what was chosen of the files' samples, in words; empty: all of them.
@@ -203,6 +204,7 @@ class ShardSet:
     paths: tuple[Path, ...]
     counts: tuple[int, ...]
     offsets: tuple[Offsets | None, ...]
+    sums: tuple[str | None, ...]
     skipped: tuple[str, ...] = ()
     skip: bool = False
     selection: str = ""
@@ -234,6 +236,7 @@ class ShardSet:
                 known.update(_listed(manifest_path))
         counts: list[int] = []
         offsets: list[Offsets | None] = []
+        sums: list[str | None] = []
         problems: list[str] = []
         skipped: list[str] = []
         for path in paths:
@@ -243,18 +246,20 @@ class ShardSet:
                     _same_size(path, entry)
                     counts.append(entry.samples)
                     offsets.append(stored)
+                    sums.append(entry.sha256)
                 else:
                     scan = scan_checked(path, skip)
                     skipped += scan.problems
                     counts.append(len(scan.offsets))
                     offsets.append(_Held(scan.offsets))
+                    sums.append(None)
             except ConfigError as error:
                 problems += error.problems
         if problems:
             raise ConfigError(problems)
         if sum(counts) == 0:
             raise ConfigError(f"shards {list(patterns)}: no sample in {len(paths)} file(s)")
-        return cls(tuple(paths), tuple(counts), tuple(offsets), tuple(skipped), skip)
+        return cls(tuple(paths), tuple(counts), tuple(offsets), tuple(sums), tuple(skipped), skip)
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,6 +88,11 @@ class Sources:
             entry += [source.shards.selection] if source.shards.selection else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    def content(self) -> str | None:
+        """Tells shards of the same names and counts apart, by their manifests' sums; None where one has no manifest."""
+        sums = [sum_ for source in self.sources for sum_ in source.shards.sums]
+        return None if None in sums else hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
     def locate(self, cursor: Cursor, places: np.ndarray) -> list[Located]:
         """The samples at ``places`` [K] of the cursor's epoch."""
         if self._mixture is None:

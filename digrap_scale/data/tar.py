@@ -323,6 +323,11 @@ class ShardReader:
             data = os.pread(stream.fileno(), size, start)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read at byte {start}: {error}") from error
+        if len(data) != size:
+            raise ConfigError(
+                f"{path}: expected {size} bytes at byte {start}, found {len(data)}: the file was cut off after it was "
+                "counted; restore it"
+            )
         return parse_sample(path, data)
 
     def _opened(self, shard: int) -> tuple[IO[bytes], np.ndarray]:

@@ -11,7 +11,9 @@ import pytest
 
 from digrap_scale.data import manifest as manifests
 from digrap_scale.data.manifest import Manifest, check_manifest, index_shards, set_name
+from digrap_scale.data.reading import samples_of
 from digrap_scale.data.shards import ShardSet, expand_shards, write_shards
+from digrap_scale.data.splitting import Span
 from digrap_scale.data.tar import ShardReader, scan_shard
 from digrap_scale.errors import ConfigError, SaveError
 from tests.data.samples import make_samples, raw_tar, sample_members
@@ -82,6 +84,23 @@ def test_a_wrong_count_is_found(folder: Path) -> None:
     raw["shards"][1]["samples"] = 4
     path.write_text(json.dumps(raw))
     assert check_manifest(path) == [f"{folder}/train-000001.tar: expected 4 samples, found 3"]
+
+
+@pytest.mark.parametrize("counts", [(2, 3, 1), (3, 2, 2), (4, 2, 1), (2, 4, 1), (3, 3, 2)])
+def test_a_wrong_count_is_found_by_who_reads_samples(folder: Path, counts: tuple[int, ...]) -> None:
+    """Else one sample would come twice, and another never."""
+    path = folder / "train.manifest.json"
+    raw = json.loads(path.read_text())
+    assert [entry["samples"] for entry in raw["shards"]] == [3, 3, 1]
+    for entry, count in zip(raw["shards"], counts, strict=True):
+        entry["samples"] = count
+    path.write_text(json.dumps(raw))
+    shards = ShardSet.open([f"{folder}/train-*.tar"])
+    spans = [Span(i, 0, count) for i, count in enumerate(shards.counts)]
+    with pytest.raises(
+        ConfigError, match=r"train\.offsets\.npy: (expected \d × 3 uint64 by|rows \d to \d are not places)"
+    ):
+        list(samples_of(spans, shards.paths, shards.offsets))
 
 
 def test_broken_shards_all_come_out_at_once_or_are_skipped(tmp_path: Path) -> None:

@@ -61,6 +61,24 @@ def test_several_images_are_in_order_and_none_is_allowed(tmp_path: Path) -> None
     assert second["images"] == [] and "image" not in second
 
 
+def test_an_image_that_is_missing_is_told_by_the_count(tmp_path: Path) -> None:
+    """Without it a question without its image is a sample as good as any."""
+    members = [("k.json", b'{"image_count": 2}'), ("k.0.png", encoded()), ("k.1.png", encoded())]
+    (sample,) = samples_of([Span(0, 0, 1)], [raw_tar(tmp_path / "x.tar", members)])
+    assert len(sample["images"]) == 2
+    for fewer in (members[:2], members[:1]):
+        with pytest.raises(SampleError, match=r"sample k: expected 2 images by its image_count, found \d"):
+            list(samples_of([Span(0, 0, 1)], [raw_tar(tmp_path / "x.tar", fewer)]))
+
+
+def test_the_pixels_of_a_sample_have_a_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many images that are each small enough."""
+    monkeypatch.setattr(reading, "MAX_SAMPLE_PIXELS", 200)
+    members = [("k.json", b"{}"), *((f"k.{i}.png", encoded(size=8)) for i in range(50))]
+    with pytest.raises(SampleError, match="sample k: its images have 256 pixels and more, limit 200 in all"):
+        list(samples_of([Span(0, 0, 1)], [raw_tar(tmp_path / "x.tar", members)]))
+
+
 @pytest.mark.parametrize("name", ["k.00.png", "k.-1.png", "k.a.png", "k.1.json", "k.png.0"])
 def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
     path = raw_tar(tmp_path / "x.tar", [("k.json", b"{}"), (name, encoded())])

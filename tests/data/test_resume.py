@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from digrap_scale.data.loader import TrainingLoader, build_training_loader
+from digrap_scale.data.manifest import index_shards
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.data.sources import Source
 from digrap_scale.errors import CheckpointError, ConfigError
@@ -293,6 +294,41 @@ def test_bad_samples_go_on_after_a_resume(damaged: ShardSet) -> None:
     assert capped.bad_samples == 0
     with pytest.raises(CheckpointError, match="expected bad_samples of 0 or more, found 'x'"):
         capped.load_state_dict({**state, "bad_samples": "x"})
+
+
+def test_what_the_scan_leaves_out_counts_too(tmp_path: Path) -> None:
+    """Once, on rank 0, and the cap is for it as well."""
+    members = [m for i in range(8) for m in sample_members(f"k{i}", {"number": i})]
+    members.insert(6, ("k3.pth", b"x"))
+    path = raw_tar(tmp_path / "x.tar", members)
+    path.write_bytes(path.read_bytes()[:-10240])
+    shards = ShardSet.open([str(path)], skip=True)
+    assert len(shards.skipped) == 2
+    loaders = [build(shards, rank, 2, on_bad_sample="skip", batch_samples=2) for rank in range(2)]
+    assert [loader.bad_samples for loader in loaders] == [2, 0]
+    for loader in loaders:
+        loader.load_state_dict(loaders[0].state_dict(bad_samples=2))
+    assert sum(loader.bad_samples for loader in loaders) == 2
+    with pytest.raises(ConfigError, match="data.max_bad_samples: expected at most 1 .*x.tar: "):
+        build(shards, on_bad_sample="skip", max_bad_samples=1)
+
+
+def test_shards_made_anew_are_other_shards(tmp_path: Path) -> None:
+    """Of the same names and counts; without manifests nothing tells them apart."""
+
+    def made(number: int, manifest: bool = True) -> ShardSet:
+        raw_tar(tmp_path / "x-0.tar", [m for i in range(4) for m in sample_members(f"k{i}", {"number": i + number})])
+        (tmp_path / "x.manifest.json").unlink(missing_ok=True)
+        if manifest:
+            index_shards([tmp_path / "x-0.tar"], "x")
+        return ShardSet.open([f"{tmp_path}/x-*.tar"])
+
+    state = build(made(0)).state_dict()
+    build(made(0)).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="data state: content of the training shards: the checkpoint was saved"):
+        build(made(1)).load_state_dict(state)
+    build(made(1, manifest=False)).load_state_dict(state)
+    build(made(1)).load_state_dict({key: value for key, value in state.items() if key != "content"})
 
 
 def test_samples_that_the_task_refuses_are_skipped_too(tmp_path: Path) -> None:
