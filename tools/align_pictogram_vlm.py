@@ -1,9 +1,10 @@
-"""The small VLM's pre-training: projector and language model on top of the frozen image tower.
+"""The small VLM's pre-training: its image tower on styles, then projector and language model on top of it.
 
-    python tools/align_pictogram_vlm.py --foundation FOLDER --packages FOLDER --out FOLDER [--steps 3000]
+    python tools/align_pictogram_vlm.py --foundation FOLDER --packages FOLDER --out FOLDER [--steps 2000]
 
-The tower reads a page's cells one by one (``window_pixels``), so it sees every pictogram of the training concepts, in
-``VARIANTS`` variations a style, once; a page's image tokens are then put together from those of its four cells. First the
+First the tower learns that a drawing in another style is one of the same thing (``teach_pictogram_styles.py``); then it stays
+as it is. It reads a page's cells one by one (``window_pixels``), so it sees every pictogram of the training concepts, in
+``VARIANTS`` variations a style, once; a page's image tokens are then put together from those of its four cells. The
 projector learns to turn a tile's tokens into words, then it and the language model learn to answer: a page is asked
 several questions, each as if it were the only one; the answers are supervised. Writes a Hugging Face folder and
 ``align.jsonl``.
@@ -34,12 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pictogram_tiles as tiles
 import pictogram_vlm as vlm
 import pictograms as pg
+from pictogram_styles import vary
+from teach_pictogram_styles import teach_styles
 
 from digrap_scale.demo import scenes
 from digrap_scale.models.towers.token_tower import place_code
 
 SEED = 0
-VARIANTS = 4
+VARIANTS = 8
 FEATURE_DROPOUT = 0.3
 # Words: the projector alone, tile by tile.
 WORD_STEPS = 800
@@ -87,7 +90,7 @@ class TileFeatures:
             for concept, tile in drawn.items():
                 for variant in range(VARIANTS):
                     cell: scenes.Scene = (concept, None, None, None)
-                    varied = tile if variant == 0 else tiles.vary(tile, rng)
+                    varied = tile if variant == 0 else vary(tile, rng)
                     page = scenes.compose(rng, cell, {concept: varied}.__getitem__)
                     self.rows.setdefault((style, concept), []).append(len(images))
                     images.append(page.crop((0, 0, scenes.TILE, scenes.TILE)))
@@ -285,10 +288,12 @@ def align(foundation: Path, packages: Path, out: Path, steps: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     model, processor = vlm.make_model(foundation, SEED).eval(), vlm.make_processor()
-    features = TileFeatures(model, processor, packages)
-    model.model.vision_tower.requires_grad_(False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tower, projection = model.model.vision_tower, vlm.read_foundation(foundation).visual_projection
     with open(out / "align.jsonl", "w", encoding="utf-8") as log:
+        teach_styles(tower, projection, packages, rate, log, SEED)
+        tower.requires_grad_(False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        features = TileFeatures(model, processor, packages)
         teach_words(model, processor, features, log)
         optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
         for step, batch in enumerate(batches(features, processor, steps)):
@@ -318,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--foundation", type=Path, required=True, help="the CLIP-style foundation model's folder")
     parser.add_argument("--packages", type=Path, required=True, help="where the pictogram packages are kept")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of dialogues (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of dialogues (default: %(default)s)")
     options = parser.parse_args(arguments)
     align(options.foundation, options.packages, options.out, options.steps)
     return 0

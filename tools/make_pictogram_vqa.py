@@ -2,6 +2,7 @@
 
     python tools/make_pictogram_vqa.py sets --out FOLDER             # training, validation, ID and near sets
     python tools/make_pictogram_vqa.py far --out FOLDER              # photographs and easy-vqa
+    python tools/make_pictogram_vqa.py balanced --out FOLDER         # four styles, balanced answers: to score pre-training
     python tools/make_pictogram_vqa.py pretraining --out FOLDER      # captions and questions for the small VLM
     python tools/make_pictogram_vqa.py adversarial --model FOLDER --out FOLDER   # what that model answers wrongly
     python tools/make_pictogram_vqa.py shipped                       # the demo's assets: easy-vqa, adversarial.json
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pictogram_tiles as tiles_of
 import pictogram_vqa_far as far
 import pictograms as pg
+from pictogram_styles import vary
 
 from digrap_scale.data.shards import write_shards
 from digrap_scale.demo import pictogram_vqa as vqa
@@ -43,6 +45,16 @@ ASSETS = Path(__file__).resolve().parents[1] / "digrap_scale" / "demo" / "assets
 # Styles that are fetched and not kept here join the near sets.
 OUTLINED = vqa.SetSpec("outlined style", ("openmoji",), modality="vision")
 PHOTOS = vqa.SetSpec("photos", ("photos",), shift="far", modality="other")
+# What pre-training is measured by: its own answers are balanced, those of the sets above have the fine-tuning set's skew.
+BALANCED = tuple(
+    vqa.SetSpec(f"balanced {name}", styles, prior="balanced", draws="balanced")
+    for name, styles in (
+        ("colour styles", vqa.COLOUR_STYLES),
+        ("high contrast", (vqa.SOURCE,)),
+        ("monotone", ("emojione-monotone",)),
+        ("openmoji", ("openmoji",)),
+    )
+)
 
 
 def load_tiles(
@@ -62,10 +74,14 @@ def load_tiles(
 
 def make_sets(out: Path, packages: Path, train_samples: int, test_samples: int) -> None:
     """Training, validation, ID and near sets, but for the adversarial one."""
-    tests = (*vqa.TESTS, OUTLINED)
-    styles = tuple(dict.fromkeys(style for spec in tests for style in spec.styles))
+    write(out, packages, (vqa.TRAIN, vqa.VALIDATION, *vqa.TESTS, OUTLINED), train_samples, test_samples)
+
+
+def write(out: Path, packages: Path, specs: tuple[vqa.SetSpec, ...], train_samples: int, test_samples: int) -> None:
+    """The sets of ``specs``, drawn from the packages."""
+    styles = tuple(dict.fromkeys(style for spec in specs for style in spec.styles))
     tiles, label = load_tiles(styles, packages)
-    for spec in (vqa.TRAIN, vqa.VALIDATION, *tests):
+    for spec in specs:
         count = train_samples if spec is vqa.TRAIN else test_samples
         report(vqa.prefix(spec), vqa.write_set(spec, tiles, label, out, range(count)))
 
@@ -117,7 +133,7 @@ def pretraining_samples(
 
         def tile(concept: str, rng: random.Random = rng, style: str = style, mixed: bool = mixed) -> Image.Image:
             drawing = [name for name in sorted(drawn) if concept in drawn[name]] if mixed else [style]
-            return tiles_of.vary(drawn[rng.choice(drawing)][concept], rng)
+            return vary(drawn[rng.choice(drawing)][concept], rng)
 
         meta = {"question": text, "answers": [answer], "question_type": kind, "concepts": list(scene)}
         image = scenes.encode(scenes.compose(rng, scene, tile))
@@ -177,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("sets", "far", "pretraining", "adversarial", "shipped"):
+    for name in ("sets", "far", "balanced", "pretraining", "adversarial", "shipped"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=name != "shipped", default=ASSETS / "pictogram_vqa")
         command.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where packages are kept")
@@ -193,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "sets":
             make_sets(options.out, options.packages, options.train_samples, options.samples)
+        elif options.command == "balanced":
+            write(options.out, options.packages, BALANCED, 0, options.samples)
         elif options.command == "far":
             make_far(options.out, options.packages, options.samples)
         elif options.command == "pretraining":

@@ -141,10 +141,15 @@ def make_model(foundation: Path, seed: int) -> LlavaForConditionalGeneration:
     """The VLM before its training: the image tower of the CLIP-style foundation model, all else drawn from ``seed``."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(make_config())
-    aligned = AutoModel.from_pretrained(foundation, dtype=torch.float32)
-    assert isinstance(aligned, DualEncoderModel)
-    model.model.vision_tower.load_state_dict(aligned.vision_model.state_dict())
+    model.model.vision_tower.load_state_dict(read_foundation(foundation).vision_model.state_dict())
     return model
+
+
+def read_foundation(folder: Path) -> DualEncoderModel:
+    """The CLIP-style foundation model, in float32."""
+    aligned = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(aligned, DualEncoderModel)
+    return aligned
 
 
 def write_vocabulary(folder: Path) -> None:

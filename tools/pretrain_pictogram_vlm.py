@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import align_pictogram_vlm as align
 import pictogram_vlm as vlm
+import teach_pictogram_styles as teach
 from pretrain_foundation import ROOT, run_python
 
 import digrap_scale.models.towers  # noqa: F401  (makes the image tower known to transformers)
@@ -33,13 +34,25 @@ ASSETS = Path("digrap_scale/demo/assets")
 STEPS = ("align", "keep", "score")
 PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pillow", "resvg_py")
 SETTINGS = (
-    "SEED VARIANTS FEATURE_DROPOUT WORD_STEPS WORD_TILES CELL_SHARE BATCH_PAGES LEARNING_RATE BETAS WEIGHT_DECAY "
-    "WARMUP_STEPS MAX_GRAD_NORM CAPTION_SHARE ASKED"
-).split()
+    (
+        teach,
+        "STYLE_STEPS STYLE_TILES TOWER_LEARNING_RATE HEAD_LEARNING_RATE TOWER_WEIGHT_DECAY LABEL_SMOOTHING HEAD_DROPOUT "
+        "KEEP_WEIGHT".split(),
+    ),
+    (
+        align,
+        "SEED VARIANTS FEATURE_DROPOUT WORD_STEPS WORD_TILES CELL_SHARE BATCH_PAGES LEARNING_RATE BETAS WEIGHT_DECAY "
+        "WARMUP_STEPS MAX_GRAD_NORM CAPTION_SHARE ASKED".split(),
+    ),
+)
 WEIGHTS_FILE = "model.safetensors"
 SCORED_SAMPLES = 200
-# The sets that tell of pre-training: name → whether its style was seen.
+# The sets that tell of pre-training: name → whether its style was seen. First those whose answers are as balanced as its own.
 SCORED = {
+    "balanced-colour-styles": "seen",
+    "balanced-high-contrast": "unseen",
+    "balanced-monotone": "unseen",
+    "balanced-openmoji": "unseen",
     "colour-styles": "seen",
     "older-styles": "seen",
     "id": "unseen (high contrast)",
@@ -78,7 +91,7 @@ def recipe(out: Path, scores: dict[str, Any], log: list[str]) -> str:
     size = (out / WEIGHTS_FILE).stat().st_size
     parameters = sum(weight.numel() for weight in AutoModelForImageTextToText.from_pretrained(out).parameters())
     log_lines, steps = "\n".join(picked(log, 16)), json.loads(log[-1])["step"]
-    settings = "\n".join(f"- `{name}` {getattr(align, name)}" for name in SETTINGS)
+    settings = "\n".join(f"- `{name}` {getattr(module, name)}" for module, names in SETTINGS for name in names)
     return f"""# How this model was made
 
 A LLaVA (`LlavaForConditionalGeneration` of transformers) of {parameters / 1e6:.1f} M parameters: the EfficientNet-Lite0
@@ -87,11 +100,13 @@ image tower of the foundation model beside it (`../foundation`), LLaVA's two-lay
 {len(vlm.vocabulary())} words. A page of 128 × 128 pixels gives {vlm.IMAGE_TOKENS} image tokens.
 
 Pre-training (`tools/align_pictogram_vlm.py`), on pages of one to four pictograms (`docs/pictogram_vqa.md`) in the styles
-noto, noto-v1, twemoji, fluent-emoji, fluent-emoji-flat and emojione, some of them turned into greys or outlines; training
-concepts only. The tower stays as it is; its tokens of every tile are computed once.
+noto, noto-v1, twemoji, fluent-emoji, fluent-emoji-flat and emojione; training
+concepts only.
 
-1. words: the projector's tokens of a tile are made to read as the words of its name, class and cell;
-2. dialogues: projector and language model, on questions of every form and captions.
+1. styles: the tower learns that a drawing turned into another style (other colours, greys, outlines, two tones) is one of the
+   same thing; then it stays as it is, and its tokens of every tile are computed once;
+2. words: the projector's tokens of a tile are made to read as the words of its name, class and cell;
+3. dialogues: projector and language model, on questions of every form and captions.
 
 `fluent-emoji-high-contrast` (the style that the demo fine-tunes on), `emojione-monotone` and `openmoji` were never seen,
 nor were the held-out concepts in any style.
@@ -111,8 +126,9 @@ Weights are stored in bfloat16, BatchNorm's running statistics in float32; {size
 ## Accuracy
 
 Greedy answers, exact match, {SCORED_SAMPLES} samples a set. "what" is asked about training concepts in new pages, all
-else about held-out concepts. Prior: the most frequent answer to that type in the fine-tuning set, whose skew the ID set
-shares.
+else about held-out concepts. In brackets what is right without looking: in the balanced sets, whose answers are drawn as
+pre-training's are, the one answer to that type that is most often right in the set itself; elsewhere the most frequent one
+in the fine-tuning set, whose skew pre-training cannot know.
 
 {accuracy_table(scores)}
 
@@ -139,7 +155,7 @@ def picked(lines: list[str], count: int) -> list[str]:
 
 
 def accuracy_table(scores: dict[str, Any]) -> str:
-    """Markdown: a row a set, "accuracy (prior)" in per cent for each question type."""
+    """Markdown: a row a set, "accuracy (without looking)" in per cent for each question type."""
     kinds = ("what", "where", "how many", "yes/no", "category", "all")
     lines = ["| set | style | " + " | ".join(kinds) + " |", "|---|---|" + "--:|" * len(kinds)]
     for name, style in SCORED.items():
@@ -149,7 +165,8 @@ def accuracy_table(scores: dict[str, Any]) -> str:
         for kind in kinds:
             row = scores[name].get(kind)
             share = 100 / row["samples"] if row else 0
-            cells.append(f"{row['right'] * share:.1f} ({row['prior'] * share:.1f})" if row else "–")
+            blind = "constant" if name.startswith("balanced") else "prior"
+            cells.append(f"{row['right'] * share:.1f} ({row[blind] * share:.1f})" if row else "–")
         lines.append(f"| {name} | {style} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -173,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     sets, scores = f"{WORK}/sets", f"{WORK}/scores.json"
     samples = ("--samples", str(SCORED_SAMPLES))
     run_python(make, "sets", "--packages", packages, "--out", sets, "--train-samples", "2000", *samples)
+    run_python(make, "balanced", "--packages", packages, "--out", sets, *samples)
     run_python(make, "far", "--packages", packages, "--out", sets, *samples)
     told = ("--model", str(out), "--sets", sets, "--json", scores, "--names", *SCORED)
     run_python("tools/score_pictogram_vqa.py", *told)

@@ -1,9 +1,10 @@
-"""Accuracy of a VLM on sets of Pictogram-VQA by question type, beside what the answers' prior alone gets.
+"""Accuracy of a VLM on sets of Pictogram-VQA by question type, beside what is right without looking.
 
     python tools/score_pictogram_vqa.py --model FOLDER --sets FOLDER [--names id colour-styles] [--samples 300]
 
 Plain transformers: greedy answers, right if they are the one right answer. The prior's answer to a question type is the
-most frequent one in the training set (``train-*.tar`` in the same folder).
+most frequent one in the training set (``train-*.tar`` in the same folder); the constant is the answer that is most often right
+in the very set, which no prior can beat.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,17 +62,23 @@ class Answerer:
 
 
 def score(answerer: Answerer, samples: Iterable[dict[str, Any]], prior: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Question type (and "all") → number of samples, right answers, and right ones of the prior."""
+    """Question type (and "all") → number of samples, right answers, and right ones of the prior and of the best constant."""
     table: dict[str, dict[str, float]] = {}
+    told: dict[str, Counter[str]] = {}
     stream = iter(samples)
     while batch := list(itertools.islice(stream, answerer.batch_samples)):
         for sample, answer in zip(batch, answerer.answers(batch), strict=True):
             kind, right = sample["meta"]["question_type"], sample["meta"]["answers"][0]
+            told.setdefault(kind, Counter())[right] += 1
             for row in (kind, "all"):
                 counts = table.setdefault(row, {"samples": 0, "right": 0, "prior": 0})
                 counts["samples"] += 1
                 counts["right"] += answer == right
                 counts["prior"] += prior.get(kind) == right
+    for kind, answers in told.items():
+        table[kind]["constant"] = max(answers.values())
+    if told:
+        table["all"]["constant"] = sum(table[kind]["constant"] for kind in told)
     return table
 
 
@@ -88,14 +96,15 @@ def main(arguments: list[str] | None = None) -> int:
     prior = vqa.prior_answers(options.sets)
     answerer = Answerer(options.model)
     results = {}
-    print("| set | question type | samples | accuracy | prior |\n|---|---|--:|--:|--:|")
+    print("| set | question type | samples | accuracy | prior | constant |\n|---|---|--:|--:|--:|--:|")
     for name in names:
         table = score(answerer, itertools.islice(vqa.read_set(options.sets, name), options.samples), prior)
         results[name] = table
         for kind, row in table.items():
             share = 100 / row["samples"]
             print(
-                f"| {name} | {kind} | {row['samples']:.0f} | {row['right'] * share:.1f} | {row['prior'] * share:.1f} |",
+                f"| {name} | {kind} | {row['samples']:.0f} | {row['right'] * share:.1f} | {row['prior'] * share:.1f} | "
+                f"{row['constant'] * share:.1f} |",
                 flush=True,
             )
     if options.json is not None:

@@ -13,16 +13,20 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ASSETS = TOOLS.parent / "digrap_scale" / "demo" / "assets"
 sys.path.insert(0, str(TOOLS))
 
 pytest.importorskip("resvg_py")
 
 import align_pictogram_vlm as align  # noqa: E402
 import make_pictogram_vqa as make  # noqa: E402
-import pictogram_tiles as tiles_of  # noqa: E402
+import pictogram_styles as styles  # noqa: E402
+import pictogram_tiles as tiles  # noqa: E402
 import pictogram_vlm as vlm  # noqa: E402
 import pictogram_vqa_far as far  # noqa: E402
 import pictograms as pg  # noqa: E402
+import teach_pictogram_styles as teach  # noqa: E402
+from pictogram_styles import vary  # noqa: E402
 
 from digrap_scale.data.shards import write_shards  # noqa: E402
 from digrap_scale.demo import scenes  # noqa: E402
@@ -53,22 +57,53 @@ def test_pretraining_is_deterministic_and_knows_no_held_out_concept(tmp_path: Pa
     assert not any(sample["meta"]["question"] in reworded for sample in made)
 
 
-def test_variations_keep_size_and_drop_colour() -> None:
+def test_variations_keep_size_and_paper() -> None:
+    """Every way of ``SHARES``: other colours, greys, lines, two tones; what is outside the drawing stays white."""
     tile = Image.new("RGB", (64, 64), "white")
-    tile.paste("red", (16, 16, 48, 48))
-    kinds = set()
-    for seed in range(60):
-        varied = tiles_of.vary(tile, random.Random(seed))
-        assert varied.size == tile.size and varied.mode == "RGB"
-        if varied == tile:
-            kinds.add("as it is")
-            continue
-        red, green, blue = varied.split()
-        assert red.tobytes() == green.tobytes() == blue.tobytes()
-        inside = varied.getpixel((32, 32))[0]
-        kinds.add("outline" if inside == 255 else "grey")
-        assert varied.getpixel((2, 2)) == (255, 255, 255)
-    assert kinds == {"as it is", "outline", "grey"}
+    tile.paste((200, 30, 30), (16, 16, 48, 48))
+    inside, kinds = set(), set()
+    for seed in range(200):
+        varied = vary(tile, random.Random(seed))
+        assert varied.size == tile.size and varied.mode == "RGB" and varied.getpixel((2, 2)) == (255, 255, 255)
+        assert varied == vary(tile, random.Random(seed))
+        red, green, blue = varied.getpixel((32, 32))
+        outlined = varied.getpixel((16, 32)) != (red, green, blue)
+        inside.add((red, green, blue))
+        kinds.add(("colour" if len({red, green, blue}) > 1 else "white" if red == 255 else "dark", outlined))
+    assert len(inside) > 20
+    assert {("colour", False), ("colour", True), ("white", True), ("dark", False)} <= kinds
+
+
+def test_places_keep_the_paper_white_and_the_drawing_there() -> None:
+    tile = torch.ones(1, 3, 64, 64)
+    tile[:, :, 16:48, 16:48] = 0
+    generator = torch.Generator().manual_seed(0)
+    placed = styles.place(tile.repeat(100, 1, 1, 1), generator)
+    assert float(placed.min()) >= 0 and float(placed.max()) <= 1 + 1e-6
+    share = (1 - placed[:, 0]).mean(dim=(1, 2))
+    assert 0.1 < float(share.min()) < float(share.max()) < 0.35  # a quarter of the tile, between 0.69 and 1.05 as wide
+    assert float((1 - placed).amax(dim=(1, 2, 3)).min()) > 0.9
+
+
+def test_the_phase_of_styles_is_deterministic_and_leaves_the_foundation_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = sorted(set(pg.make_split().label) - pg.make_split().test)[:2]
+    squares = {name: Image.new("RGB", (64, 64), colour) for name, colour in zip(names, ("red", "blue"), strict=True)}
+    monkeypatch.setattr(tiles, "render_tiles", lambda *_: squares)
+    monkeypatch.setattr(teach, "STYLE_STEPS", 2)
+    monkeypatch.setattr(teach, "STYLE_TILES", 8)
+    projection = vlm.read_foundation(ASSETS / "foundation").visual_projection
+    kept, towers = projection.weight.clone(), []
+    for _ in range(2):
+        towers.append(vlm.make_model(ASSETS / "foundation", 0).model.vision_tower)
+        before = {name: tensor.clone() for name, tensor in towers[-1].state_dict().items()}
+        with open(tmp_path / "log", "w") as log:
+            teach.teach_styles(towers[-1], projection, tmp_path, align.rate, log, 0)
+    assert not towers[0].training and torch.equal(projection.weight, kept)
+    states = [tower.state_dict() for tower in towers]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in before)
+    assert {name for name in before if not torch.equal(before[name], states[0][name])} >= {"stem.conv.weight"}
 
 
 def test_every_word_that_can_be_said_is_in_the_vocabulary() -> None:
@@ -162,7 +197,7 @@ def test_projected_tiles_read_as_their_words(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_form_of_a_question_does_not_tell_its_answer() -> None:
     split = pg.make_split()
-    concepts, rng = tiles_of.concepts_of(split, "train"), random.Random(0)
+    concepts, rng = tiles.concepts_of(split, "train"), random.Random(0)
     counts: dict[tuple[str, str], int] = {}
     for _ in range(400):
         for question, answer in align.dialogue(scenes.draw_scene(rng, concepts), split.label, rng):
