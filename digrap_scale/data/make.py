@@ -1,22 +1,30 @@
-"""Shards from what people have: image folders, LLaVA's JSON, Hugging Face datasets on disk.
+"""Samples to shards: in parallel, within limits of count and bytes, and on from where a killed run stopped.
 
-A source is listed first, with every problem at once. The list is cut into shards by count and bytes, and each shard is
-written by one of several processes, in a hidden folder beside, under its own name only when it is whole. A run that is
-killed goes on with the shards that are missing, as long as source and limits are the same; when all are there they are
-counted, summed and moved into place, the manifest last.
+The samples are listed first (``listing.py``, ``hugging_face.py``, ``benchmarks/``), with every problem at once. The list is
+cut into shards by count and bytes, and each shard is written by one of several processes, in a hidden folder beside, under
+its own name only when it is whole. A run that is killed goes on with the shards that are missing, as far as the others'
+samples are the same; when all are there they are counted, summed and moved into place, the manifest last.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import repeat
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +32,13 @@ import webdataset as wds
 
 from digrap_scale.data.manifest import Manifest, index_shards, replacing
 from digrap_scale.data.shards import FIXED_MEMBER_FIELDS, check_key, publish_shards
-from digrap_scale.data.tar import IMAGE_EXTENSIONS
-from digrap_scale.errors import ConfigError, SaveError
+from digrap_scale.data.tar import HEADER_BYTES, SampleError
+from digrap_scale.errors import ConfigError, PeerError, SaveError
 
+IMAGE_COUNT = "image_count"
 PLAN_FILE = "plan.json"
-TAR_OVERHEAD_BYTES = 3 * 512  # of a sample's JSON: two headers, and padding
 MAX_SHOWN_PROBLEMS = 50
+_PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 Images = Callable[[], list[tuple[str, bytes]]]
 
@@ -40,163 +49,26 @@ class Item:
 
     Attributes:
         key: unique.
-        meta: the JSON's content.
-        images: gives (extension, encoded image) of each, in the writing process.
-        size_bytes: of the images together.
+        meta: the JSON's content; ``image_count`` is added to it.
+        images: gives (extension, encoded image) of each, in the writing process; raises OSError, ValueError or
+            SampleError where one cannot be used.
+        image_bytes: of each image; None: not known before they are read.
+        stamps: numbers that change where images change and their sizes do not: times of files.
     """
 
     key: str
     meta: dict[str, Any]
     images: Images
-    size_bytes: int
+    image_bytes: tuple[int, ...] | None = None
+    stamps: tuple[int, ...] = ()
 
 
-def read_images(paths: Sequence[Path]) -> list[tuple[str, bytes]]:
-    """Extension and content of image files."""
-    return [(path.suffix[1:].lower(), path.read_bytes()) for path in paths]
+@dataclass(frozen=True)
+class Made:
+    """What came out: the manifest, and a line for each sample that was left out because its images cannot be used."""
 
-
-def list_folder(folder: Path) -> tuple[list[Item], list[str]]:
-    """Images below ``folder``: ``label`` is the first folder's name, ``caption`` a text file's beside the image.
-
-    Returns:
-        Items in the order of their names, and problems.
-    """
-    items, problems = [], []
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: expected a folder of images")
-    for path in sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in IMAGE_EXTENSIONS):
-        name = path.relative_to(folder)
-        meta: dict[str, Any] = {"label": name.parts[0]} if len(name.parts) > 1 else {}
-        caption = path.with_suffix(".txt")
-        if caption.is_file():
-            meta["caption"] = caption.read_text(encoding="utf-8").strip()
-        if meta:
-            key = _as_key(str(name.with_suffix("")))
-            items.append(Item(key, meta, partial(read_images, [path]), path.stat().st_size))
-        else:
-            problems.append(f"{path}: lies in no folder that could be its label, and has no {caption.name} beside it")
-    return items, problems
-
-
-def class_names(items: Sequence[Item]) -> list[str]:
-    """The labels of all items, each once, sorted: what ``data.classes`` is to list.
-
-    Raises:
-        ConfigError: an item has no label that is a text.
-    """
-    labels = [item.meta.get("label") for item in items]
-    for item, label in zip(items, labels, strict=True):
-        if not isinstance(label, str):
-            raise ConfigError(
-                f"--classes-out: sample {item.key} has no `label` that is a text, found {label!r}; leave it out"
-            )
-    return sorted({str(label) for label in labels})
-
-
-def list_llava(file: Path, images: Path) -> tuple[list[Item], list[str]]:
-    """LLaVA's records ({id, image, conversations}; a JSON list or a JSON a line): a sample for each question and answer.
-
-    A sample has ``question`` (without ``<image>``), ``answers`` (one) and ``id``; earlier turns are not repeated in it.
-    Chats as other tools keep them are read, too: ``images`` and ``messages``, ``role`` (user, assistant) and ``content``,
-    a text or a list of ``{"type": "text", "text": …}`` and ``{"type": "image", "path": …}``.
-    Source: Liu et al. 2023, arXiv 2304.08485, and its repository's data format.
-
-    Args:
-        file: the records.
-        images: what their images' paths start from.
-    """
-    items, problems = [], []
-    for number, record in enumerate(_records(file)):
-        where = f"{file}: record {number}"
-        try:
-            turns = [_turn(turn) for turn in record["conversations" if "conversations" in record else "messages"]]
-            paths = record.get("image") or record.get("images") or [path for _, _, shown in turns for path in shown]
-            paths = [images / path for path in ([paths] if isinstance(paths, str) else paths)]
-            wrong = [p for p in paths if p.suffix[1:].lower() not in IMAGE_EXTENSIONS or not p.is_file()]
-            if wrong:
-                raise ValueError(f"image {wrong[0]} is missing, or none of {', '.join(IMAGE_EXTENSIONS)}")
-            name = str(record.get("id", number))
-            size = sum(path.stat().st_size for path in paths)
-            for turn in range(0, len(turns), 2):
-                (asks, question, _), (answers, answer, _) = turns[turn], turns[turn + 1]
-                if asks not in ("human", "user") or answers not in ("gpt", "assistant"):
-                    raise ValueError(
-                        f"turn {turn}: expected human, then gpt (or user, then assistant), found {asks}, {answers}"
-                    )
-                meta = {"id": name, "question": _text(question), "answers": [answer.strip()]}
-                key = _as_key(name if len(turns) == 2 else f"{name}-{turn // 2}")
-                items.append(Item(key, meta, partial(read_images, paths), size))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            problems.append(f"{where}: {type(error).__name__}: {error}")
-    return items, problems
-
-
-def list_hugging_face(folder: Path, image_column: str) -> tuple[list[Item], list[str]]:
-    """A dataset that ``datasets``' ``save_to_disk`` wrote: a sample a row; columns that JSON can hold become its JSON.
-
-    Class labels are written by name, under their column's.
-
-    Raises:
-        ConfigError: ``datasets`` is not installed; no such dataset, split or column.
-    """
-    data = open_hugging_face(str(folder))
-    features = data.features
-    if image_column not in features or type(features[image_column]).__name__ != "Image":
-        raise ConfigError(f"{folder}: expected a column of images, found {image_column!r} in {', '.join(features)}")
-    texts = data.remove_columns([image_column])
-    items, problems = [], []
-    for row, values in enumerate(texts):
-        meta = {
-            name: features[name].int2str(value) if type(features[name]).__name__ == "ClassLabel" else value
-            for name, value in values.items()
-        }
-        try:
-            json.dumps(meta, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{folder}: row {row}: {error}")
-            continue
-        items.append(Item(f"{row:09d}", meta, partial(read_row, str(folder), image_column, row), 0))
-    return items, problems
-
-
-_opened: dict[str, Any] = {}
-
-
-def open_hugging_face(folder: str) -> Any:
-    """The dataset, its images as they are stored; once a process."""
-    if folder not in _opened:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ConfigError("Hugging Face datasets need a package: pip install datasets") from error
-        try:
-            data = datasets.load_from_disk(folder)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: no dataset of save_to_disk ({error})") from error
-        if isinstance(data, datasets.DatasetDict):
-            raise ConfigError(f"{folder}: holds several splits; give the folder of one: {', '.join(data)}")
-        for name, feature in data.features.items():
-            if isinstance(feature, datasets.Image):
-                data = data.cast_column(name, datasets.Image(decode=False))
-        _opened[folder] = data
-    return _opened[folder]
-
-
-def read_row(folder: str, column: str, row: int) -> list[tuple[str, bytes]]:
-    """The image of a row, as it is stored."""
-    stored = open_hugging_face(folder)[row][column]
-    content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-    return [(_extension(content), content)]
-
-
-def _extension(content: bytes) -> str:
-    for start, extension in ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png")):
-        if content.startswith(start):
-            return extension
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    raise ValueError("the image is neither JPEG, PNG nor WebP")
+    manifest: Manifest
+    left_out: tuple[str, ...]
 
 
 def make_shards(
@@ -207,64 +79,121 @@ def make_shards(
     samples_per_shard: int,
     shard_bytes: int | None = None,
     processes: int = 1,
-) -> Manifest:
+    skip: bool = False,
+) -> Made:
     """Writes ``PREFIX-000000.tar`` … and their manifest; goes on where an earlier, killed run stopped.
 
     Args:
         items: unique keys, in order.
         folder: where to; made if it is missing. An earlier set of the same prefix is replaced at the end.
-        prefix: of the files' names.
+        prefix: letters, digits, ``. _ -``.
         samples_per_shard: at most.
-        shard_bytes: at most, as far as the images' sizes are known before; None: as the count has it.
+        shard_bytes: of a shard's file, at most, unless it holds one sample; None: as the count has it.
         processes: shards written at a time.
+        skip: leave out samples whose images cannot be used, and tell of it; a shard of none but such is not made.
 
     Raises:
-        ConfigError: no items, a bad or repeated key, an image that cannot be read.
+        ConfigError: no items, a bad or repeated key, images that cannot be used (unless ``skip``), images of unknown
+            size with ``shard_bytes``; another run makes the same shards.
+        PeerError: a process was killed.
         SaveError: the disk refuses.
     """
-    problems = [problem for item in items if (problem := check_key(item.key)) is not None]
-    problems += [f"key {key!r} comes {n} times" for key, n in Counter(i.key for i in items).items() if n > 1]
-    if not items:
-        problems.append(f"no samples for shards {prefix}-*.tar")
-    if problems:
-        more = len(problems) - MAX_SHOWN_PROBLEMS
-        raise ConfigError(problems[:MAX_SHOWN_PROBLEMS] + ([f"… and {more} more problems"] if more > 0 else []))
+    _check(items, prefix, samples_per_shard, shard_bytes)
     shards = list(_cut(items, samples_per_shard, shard_bytes))
-    making = folder / f".{prefix}.making"
     try:
-        _begin(making, _digest(shards))
-        paths = [making / f"{prefix}-{number:06d}.tar" for number in range(len(shards))]
-        left = [(path, shard) for path, shard in zip(paths, shards, strict=True) if not path.exists()]
-        if processes > 1:
-            with ProcessPoolExecutor(processes) as pool:
-                list(pool.map(_write_shard, *zip(*left, strict=True))) if left else None
-        else:
-            for path, shard in left:
-                _write_shard(path, shard)
-        manifest, _ = index_shards(paths, prefix, processes=processes)
-        publish_shards(manifest, making, folder, prefix)
-        shutil.rmtree(making)
+        with _alone(folder, prefix):
+            making = folder / f".{prefix}.making"
+            paths = [making / f"{prefix}-{number:06d}.tar" for number in range(len(shards))]
+            _begin(making, paths, [_digest(shard) for shard in shards])
+            if not skip and (known := [line for path in paths if path.exists() for line in _left_out(path)]):
+                raise ConfigError(_first(known))
+            left = [(path, shard) for path, shard in zip(paths, shards, strict=True) if not path.exists()]
+            _write_all(left, processes, skip)
+            left_out = [_left_out(path) for path in paths]
+            filled = [
+                path for path, shard, lines in zip(paths, shards, left_out, strict=True) if len(lines) < len(shard)
+            ]
+            if not filled:
+                raise ConfigError(f"no samples for shards {prefix}-*.tar: all were left out (first: {left_out[0][0]})")
+            manifest, _ = index_shards(filled, prefix, processes=processes)
+            publish_shards(manifest, making, folder, prefix)
+            shutil.rmtree(making)
+    except BrokenProcessPool as error:
+        raise PeerError(
+            f"{folder}: a process that made shards {prefix}-*.tar was killed (out of memory?); the same command goes on "
+            "where it stopped, with fewer processes if memory is short"
+        ) from error
     except OSError as error:
         raise SaveError(f"{folder}: shards {prefix}-*.tar could not be written: {error}") from error
-    return manifest
+    return Made(manifest, tuple(line for lines in left_out for line in lines))
 
 
-def _begin(making: Path, digest: str) -> None:
-    """Keeps the shards of a killed run if they are of the same plan."""
+def _check(items: Sequence[Item], prefix: str, samples_per_shard: int, shard_bytes: int | None) -> None:
+    problems = [problem for item in items if (problem := check_key(item.key)) is not None]
+    problems += [f"key {key!r} comes {n} times" for key, n in Counter(i.key for i in items).items() if n > 1]
+    if not _PREFIX.fullmatch(prefix):
+        problems.append(f"shard prefix {prefix!r}: expected letters, digits, '.', '_' or '-'")
+    if samples_per_shard < 1:
+        problems.append(f"samples_per_shard {samples_per_shard}: expected 1 or more")
+    if not items:
+        problems.append(f"no samples for shards {prefix}-*.tar")
+    if shard_bytes is not None and (unknown := next((i.key for i in items if i.image_bytes is None), None)) is not None:
+        problems.append(f"shard_bytes: sample {unknown} has images of unknown size; give samples_per_shard alone")
+    if problems:
+        raise ConfigError(_first(problems))
+
+
+def _first(problems: list[str]) -> list[str]:
+    more = len(problems) - MAX_SHOWN_PROBLEMS
+    return problems[:MAX_SHOWN_PROBLEMS] + ([f"… and {more} more problems"] if more > 0 else [])
+
+
+@contextmanager
+def _alone(folder: Path, prefix: str) -> Iterator[None]:
+    """No other run makes these shards meanwhile.
+
+    The lock is the kernel's record lock: it ends with this process, however that ends. ``filelock`` takes ``flock``,
+    which processes of a pool inherit, and keep for as long as one of them outlives a killed run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".{prefix}.lock"
+    with open(file, "w") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(stream.fileno()).st_nlink == 0  # its run ended between the two lines above
+        except (BlockingIOError, PermissionError):
+            taken = True
+        if taken:
+            raise ConfigError(f"{folder}: another run makes shards {prefix}-*.tar; wait for it, or give another prefix")
+        try:
+            yield
+        finally:
+            file.unlink()
+
+
+def _begin(making: Path, paths: Sequence[Path], digests: Sequence[str]) -> None:
+    """Keeps the shards of a killed run whose samples are the same, and no others."""
     plan = making / PLAN_FILE
-    if not (plan.is_file() and plan.read_text() == digest):
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        plan.write_text(digest)
+    making.mkdir(parents=True, exist_ok=True)
+    try:
+        planned = json.loads(plan.read_text())
+    except (OSError, ValueError):  # none, or half of one
+        planned = []
+    kept = {PLAN_FILE}
+    for path, new, old in zip(paths, digests, planned if isinstance(planned, list) else [], strict=False):
+        kept |= {path.name, _report(path).name} if new == old else set()
+    for file in making.iterdir():
+        if file.name not in kept:
+            file.unlink()
+    with replacing(plan) as stream:
+        stream.write(json.dumps(list(digests)).encode())
 
 
-def _digest(shards: Sequence[Sequence[Item]]) -> str:
-    """Tells plans apart: keys, JSON and sizes of every shard."""
+def _digest(shard: Sequence[Item]) -> str:
+    """Changes with keys, JSON, and sizes or times of images."""
     digest = hashlib.sha256()
-    for shard in shards:
-        for item in shard:
-            digest.update(json.dumps([item.key, item.meta, item.size_bytes], sort_keys=True).encode())
-        digest.update(b"|")
+    for item in shard:
+        digest.update(json.dumps([item.key, item.meta, item.image_bytes, item.stamps], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -272,8 +201,8 @@ def _cut(items: Iterable[Item], samples_per_shard: int, shard_bytes: int | None)
     shard: list[Item] = []
     size = 0
     for item in items:
-        own = item.size_bytes + len(json.dumps(item.meta)) + TAR_OVERHEAD_BYTES
-        if shard and (len(shard) >= samples_per_shard or (shard_bytes is not None and size + own > shard_bytes)):
+        own = 0 if shard_bytes is None else _tar_bytes(item)
+        if shard and (len(shard) >= samples_per_shard or (shard_bytes is not None and _file(size + own) > shard_bytes)):
             yield shard
             shard, size = [], 0
         shard.append(item)
@@ -282,45 +211,85 @@ def _cut(items: Iterable[Item], samples_per_shard: int, shard_bytes: int | None)
         yield shard
 
 
-def _write_shard(path: Path, items: Sequence[Item]) -> None:
+def _tar_bytes(item: Item) -> int:
+    """What a sample takes of its shard; a bit more where an image's extension may be shorter than is reckoned here."""
+    assert item.image_bytes is not None  # _check()
+    sizes = [*item.image_bytes, len(_json(item, len(item.image_bytes)).encode("utf-8", "replace"))]
+    names = [*_image_names(["jpeg"] * len(item.image_bytes)), "json"]
+    return sum(_header(f"{item.key}.{name}") + _up(size, HEADER_BYTES) for name, size in zip(names, sizes, strict=True))
+
+
+def _header(name: str) -> int:
+    """Bytes before a member's content: names that are long or not ASCII have a header of their own."""
+    if len(name) <= tarfile.LENGTH_NAME and name.isascii():
+        return HEADER_BYTES
+    return len(tarfile.TarInfo(name).tobuf(tarfile.DEFAULT_FORMAT, "utf-8", "surrogateescape"))
+
+
+def _file(members: int) -> int:
+    """A tar file's size: an end mark of two empty headers, and whole records."""
+    return _up(members + 2 * HEADER_BYTES, tarfile.RECORDSIZE)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _image_names(extensions: Sequence[str]) -> list[str]:
+    return [f"{i}.{extension}" if len(extensions) > 1 else extension for i, extension in enumerate(extensions)]
+
+
+def _json(item: Item, images: int) -> str:
+    """Sorted, for equal bytes."""
+    return json.dumps({**item.meta, IMAGE_COUNT: images}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def _write_all(left: Sequence[tuple[Path, Sequence[Item]]], processes: int, skip: bool) -> None:
+    if min(processes, len(left)) <= 1:
+        for path, shard in left:
+            _write_shard(path, shard, skip)
+        return
+    with ProcessPoolExecutor(min(processes, len(left)), initializer=_end_with_parent) as pool:
+        list(pool.map(_write_shard, *zip(*left, strict=True), repeat(skip)))
+
+
+def _end_with_parent() -> None:
+    """Processes of a killed run must not write on while the next one goes on with the same shards."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def _write_shard(path: Path, items: Sequence[Item], skip: bool) -> None:
+    left_out = []
     with replacing(path) as stream:
-        writer = wds.TarWriter(stream, **FIXED_MEMBER_FIELDS)
-        for item in items:
-            try:
-                images = item.images()
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"sample {item.key}: its image cannot be read: {error}") from error
-            names = [f"{i}.{extension}" if len(images) > 1 else extension for i, (extension, _) in enumerate(images)]
-            members = {name: content for name, (_, content) in zip(names, images, strict=True)}
-            text = json.dumps(item.meta, sort_keys=True, ensure_ascii=False, allow_nan=False)
-            writer.write({"__key__": item.key, **members, "json": text.encode()})
-        writer.close()
+        with wds.TarWriter(stream, **FIXED_MEMBER_FIELDS) as writer:
+            for item in items:
+                try:
+                    images = item.images()
+                    text = _json(item, len(images)).encode()
+                except (OSError, ValueError, SampleError) as error:
+                    problem = f"sample {item.key} cannot be written: {error}"
+                    if not skip:
+                        raise ConfigError(problem) from error
+                    left_out.append(problem)
+                    continue
+                names = _image_names([extension for extension, _ in images])
+                members = {name: content for name, (_, content) in zip(names, images, strict=True)}
+                writer.write({"__key__": item.key, **members, "json": text})
+        with replacing(_report(path)) as report:  # before the shard has its name: a finished shard has its report
+            report.write(json.dumps(left_out).encode())
 
 
-def _records(file: Path) -> list[Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: expected a JSON list, or a JSON object a line ({error})") from error
+def _report(path: Path) -> Path:
+    return path.with_suffix(".left_out.json")
 
 
-def _turn(turn: dict[str, Any]) -> tuple[str, str, list[str]]:
-    """Who speaks, the text, and paths of images that stand in it."""
-    speaker, content = turn["from" if "from" in turn else "role"], turn["value" if "value" in turn else "content"]
-    if isinstance(content, str):
-        return speaker, content, []
-    texts = [part["text"] for part in content if part["type"] == "text"]
-    paths = [part["path"] for part in content if part["type"] == "image" and "path" in part]
-    return speaker, "\n".join(texts), paths
-
-
-def _text(value: str) -> str:
-    return value.replace("<image>", "").strip()
-
-
-def _as_key(name: str) -> str:
-    """A name as a key: dots, which would begin the extension, and what file systems may not take, become ``_``."""
-    return re.sub(r"[.\\\x00-\x1f]", "_", name.strip().strip("/"))
+def _left_out(path: Path) -> list[str]:
+    """What a finished shard lacks."""
+    return [str(line) for line in json.loads(_report(path).read_text())]

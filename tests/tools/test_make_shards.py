@@ -51,7 +51,8 @@ def test_a_folder(photos: Path, tmp_path: Path, processes: str) -> None:
     assert run("folder", photos, tmp_path / "out", "--processes", processes) == 0
     samples = read(tmp_path / "out")
     assert [sample["key"] for sample in samples] == [f"{label}/v1_{i}" for label in ("cat", "dog") for i in range(5)]
-    assert samples[0]["meta"] == {"label": "cat", "caption": "a cat"} and samples[9]["meta"] == {"label": "dog"}
+    assert samples[0]["meta"] == {"label": "cat", "caption": "a cat", "image_count": 1}
+    assert samples[9]["meta"] == {"label": "dog", "image_count": 1}
     assert samples[4]["image"].getpixel((0, 0)) == (4, 0, 0)
     assert ShardSet.open([f"{tmp_path}/out/p-*.tar"]).counts == (3, 3, 3, 1)
 
@@ -76,18 +77,18 @@ def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.
     written: list[str] = []
     whole = make._write_shard
 
-    def dies(path: Path, items: Any) -> None:
+    def dies(path: Path, items: Any, skip: bool) -> None:
         if len(written) == 2:
             (path.parent / f".{path.name}.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path.name)
-        whole(path, items)
+        whole(path, items, skip)
 
     monkeypatch.setattr(make, "_write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         run("folder", photos, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.json"))
-    monkeypatch.setattr(make, "_write_shard", lambda path, items: (written.append(path.name), whole(path, items)))
+    monkeypatch.setattr(make, "_write_shard", lambda *given: (written.append(given[0].name), whole(*given)))
     assert run("folder", photos, tmp_path / "out") == 0
     assert written == [f"p-00000{i}.tar" for i in range(4)]
     assert run("folder", photos, tmp_path / "once") == 0
@@ -120,7 +121,8 @@ def test_llava(tmp_path: Path, lines: bool, capsys: pytest.CaptureFixture[str]) 
     assert run("llava", file, tmp_path / "out") == 0
     samples = read(tmp_path / "out")
     assert [(s["key"], len(s["images"])) for s in samples] == [("000_1-0", 1), ("000_1-1", 1), ("two", 2), ("text", 0)]
-    assert samples[0]["meta"] == {"id": "000.1", "question": "What?", "answers": ["A cat."]}
+    assert samples[0]["meta"] == {"id": "000.1", "question": "What?", "answers": ["A cat."], "image_count": 1}
+    assert [s["meta"]["image_count"] for s in samples] == [1, 1, 2, 0]
     records += [
         {"id": "gone", "image": "coco/2.jpg", "conversations": turns},
         {"conversations": turns[:1]},
@@ -130,9 +132,76 @@ def test_llava(tmp_path: Path, lines: bool, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert run("llava", file, tmp_path / "out") == 2
     printed = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[1] for line in printed[:3]] == ["record 3", "record 4", "record 5"]
+    assert [line.removeprefix(f"{file}: ") for line in printed[:3]] == [
+        f"record 3: image {tmp_path}/coco/2.jpg is missing, or cannot be read (No such file or directory)",
+        "record 4: turn 0: expected human, then gpt (or user, then assistant), found human and no turn after it",
+        "record 5: expected turns in `conversations` or `messages`, found None",
+    ]
     assert run("llava", file, tmp_path / "out", "--skip-bad") == 0
     assert capsys.readouterr().err.count("left out: ") == 3 and len(read(tmp_path / "out")) == 4
+
+
+def test_ids_that_repeat(tmp_path: Path) -> None:
+    """LLaVA's ids are those of COCO's images, and several records ask about one image."""
+    asks, told = {"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}
+    records = [
+        {"id": name, "conversations": [asks, told] * count}
+        for name, count in [
+            ("1", 1),
+            ("1", 1),
+            ("7", 2),
+            ("7", 2),
+            ("7", 1),
+            ("1-1", 1),
+            ("7-3", 2),
+            ("1.1", 1),
+            ("1_1", 1),
+        ]
+    ]
+    file = tmp_path / "llava.json"
+    file.write_text(json.dumps(records))
+    assert run("llava", file, tmp_path / "out") == 0
+    samples = read(tmp_path / "out")
+    assert [sample["key"] for sample in samples] == [
+        *("1", "1-1", "7-0", "7-1", "7-3-0", "7-3-1", "7-4", "1-1-5", "7-3-6-0", "7-3-6-1", "1_1", "1_1-8"),
+    ]
+    ids = [record["id"] for record in records for _ in range(len(record["conversations"]) // 2)]
+    assert [sample["meta"]["id"] for sample in samples] == ids
+    records[1]["image"] = "missing.jpg"  # what is left out changes no other key
+    file.write_text(json.dumps(records))
+    assert run("llava", file, tmp_path / "less", "--skip-bad") == 0
+    assert [s["key"] for s in read(tmp_path / "less")] == [s["key"] for s in samples if s["key"] != "1-1"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "../../x.jpg"}, "image '../../x.jpg' does not stay in the folder of images"),
+        ({"image": "/etc/x.jpg"}, "image '/etc/x.jpg' does not stay in the folder of images"),
+        ({"image": "x.gif"}, "image 'x.gif' is none of webp, jpg, jpeg, png"),
+        ({"image": 5}, "expected an image's path, or a list of such, found 5"),
+        ({"image": "folder.jpg"}, "folder.jpg is no file"),
+        ({"id": ""}, "sample key ''"),
+        ({"conversations": []}, "expected turns in `conversations` or `messages`, found []"),
+        ({"conversations": [{"value": "What?"}] * 2}, "a turn has no 'role'"),
+        ({"conversations": [{"from": "human", "value": None}] * 2}, "TypeError"),
+        ("text", "expected an object, found 'text'"),
+    ],
+)
+def test_records_that_cannot_be_used(
+    record: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(encoded(extension="jpg"))
+    (tmp_path / "data" / "images" / "folder.jpg").mkdir(parents=True)
+    good = {"id": "a", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]}
+    file = tmp_path / "data" / "llava.json"
+    file.write_text(json.dumps([good, {**good, "id": "b", **record} if isinstance(record, dict) else record]))
+    images = ["--images", str(tmp_path / "data" / "images")]
+    assert run("llava", file, tmp_path / "out", *images) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2 and printed[0].startswith(f"{file}: record 1: ") and message in printed[0], printed
+    assert run("llava", file, tmp_path / "out", *images, "--skip-bad") == 0
+    assert [sample["key"] for sample in read(tmp_path / "out")] == ["a"]
 
 
 def test_chats_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +218,7 @@ def test_chats_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     file.write_text(json.dumps(records))
     assert run("llava", file, tmp_path / "out") == 0
     for number, sample in enumerate(read(tmp_path / "out")):
-        assert sample["meta"] == {"id": str(number), "question": "What?", "answers": ["A cat."]}
+        assert sample["meta"] == {"id": str(number), "question": "What?", "answers": ["A cat."], "image_count": 1}
         assert len(sample["images"]) == 1
     file.write_text(json.dumps([{"messages": [{"role": "system", "content": "Be brief."}, user, assistant]}]))
     assert run("llava", file, tmp_path / "no") == 2 and "turn 0: expected human, then gpt" in capsys.readouterr().err
@@ -163,6 +232,21 @@ def test_keys_that_collide_are_named(photos: Path, tmp_path: Path, capsys: pytes
     assert run("folder", photos, tmp_path / "out") == 2
     assert "loose.png: lies in no folder" in capsys.readouterr().err
     assert run("folder", tmp_path / "nowhere", tmp_path / "out") == 2
+
+
+def test_files_that_cannot_be_used(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "cat" / "v1.1.txt").write_bytes(b"caf\xe9")
+    (photos / "cat" / "broken.png").symlink_to("nowhere.png")
+    (photos / "dog" / "folder.png").mkdir()
+    (photos / "dog" / "v1_0.png").write_bytes(encoded())
+    assert run("folder", photos, tmp_path / "out") == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 5 and printed[0].startswith(f"{photos}/cat/broken.png: image") and "is missing" in printed[0]
+    assert "v1.1.PNG: its caption v1.1.txt cannot be read as UTF-8 text" in printed[1]
+    assert "folder.png is no file" in printed[2] and "key 'dog/v1_0' comes 2 times" in printed[3]
+    assert run("folder", photos, tmp_path / "out", "--skip-bad") == 0
+    assert len(read(tmp_path / "out")) == 9
+    assert run("folder", photos, tmp_path / "out", "--shard-mb", "0") == 2
 
 
 @pytest.mark.slow
@@ -179,10 +263,54 @@ def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     data.save_to_disk(str(tmp_path / "hf"))
     assert run("hf", tmp_path / "hf", tmp_path / "out") == 0
     samples = read(tmp_path / "out")
-    assert [sample["meta"] for sample in samples[:2]] == [{"label": "x", "text": "a"}, {"label": "y", "text": "b"}]
+    assert [sample["meta"] for sample in samples[:2]] == [
+        {"label": "x", "text": "a", "image_count": 1},
+        {"label": "y", "text": "b", "image_count": 1},
+    ]
     assert run("hf", tmp_path / "hf", tmp_path / "out", "--image-column", "text") == 2
     assert "expected a column of images, found 'text'" in capsys.readouterr().err
     assert run("hf", tmp_path, tmp_path / "out") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_images_of_a_hugging_face_dataset(tmp_path: Path, processes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lists of images, several columns of them, rows without one, and one of another format."""
+    datasets = pytest.importorskip("datasets")
+    image, gif = {"bytes": encoded(), "path": None}, {"bytes": b"GIF89a", "path": None}
+    (tmp_path / "other.png").write_bytes(encoded((0, 0, 9)))
+    rows = {
+        "image": [image, None, gif, image, {"bytes": None, "path": str(tmp_path / "other.png")}],
+        "pages": [[image, image], [image], [image], [], [image]],
+        "label": [0, 1, None, -1, 1],
+    }
+    features = {
+        "image": datasets.Image(),
+        "pages": datasets.Sequence(datasets.Image()),
+        "label": datasets.ClassLabel(names=["x", "y"]),
+    }
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(str(folder))
+    more = ["--processes", processes]
+    assert run("hf", folder, out) == 2
+    assert "column 'pages' holds images, too: give --image-column image pages" in capsys.readouterr().err
+    more += ["--image-column", "image", "pages"]
+    assert run("hf", folder, out, *more) == 2
+    assert "row 3: Invalid" in capsys.readouterr().err
+    assert run("hf", folder, out, *more, "--skip-bad") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(told) == 3 and "row 3: " in told[0]
+    assert told[1].endswith("sample 000000001 cannot be written: row 1: column 'image' has no image")
+    assert told[2].endswith("sample 000000002 cannot be written: the image is neither JPEG, PNG nor WebP")
+    samples = read(out)
+    assert [(s["key"], s["meta"]) for s in samples] == [
+        ("000000000", {"label": "x", "image_count": 3}),
+        ("000000004", {"label": "y", "image_count": 2}),
+    ]
+    assert samples[1]["images"][0].getpixel((0, 0)) == (0, 0, 9)
+    data = datasets.Dataset.from_dict({"image": [image], "image_count": [4]})
+    data.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "taken"))
+    assert run("hf", tmp_path / "taken", out) == 2 and "column 'image_count'" in capsys.readouterr().err
 
 
 def test_classes_are_written(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """What every converter shares: where a benchmark's files are, samples on their way to shards, what is skipped and why.
 
 A converter reads annotations (small enough for memory) and yields items in the order of their file; images are read one
-at a time while the shards are written. Equal inputs give equal shards, and a set appears whole or not at all.
+at a time while the shards are written (``make.py``). Equal inputs give equal shards, and a set appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from digrap_scale.data import make as making
+from digrap_scale.data.listing import stays_inside
+from digrap_scale.data.manifest import Manifest
 from digrap_scale.data.reading import decode_image
-from digrap_scale.data.shards import Manifest, write_shards
 from digrap_scale.errors import ConfigError
 
 JPEG_QUALITY = 92
@@ -102,6 +105,11 @@ class Converted:
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
+    def skip(self, problem: Problem) -> None:
+        """Counts it."""
+        self.skipped[problem.kind] += 1
+        self.examples.setdefault(problem.kind, problem.message)
+
 
 def convert(
     benchmark: Benchmark,
@@ -110,17 +118,22 @@ def convert(
     *,
     prefix: str,
     samples_per_shard: int = 2000,
+    shard_bytes: int | None = None,
+    processes: int = 1,
     skip: bool = False,
     longest_side_pixels: int | None = None,
 ) -> Converted:
-    """Writes ``PREFIX-000000.tar`` … and their manifest into ``folder``; see ``write_shards``.
+    """Writes ``PREFIX-000000.tar`` … and their manifest into ``folder``; see ``make_shards``.
 
     Args:
+        shard_bytes: of a shard's file, at most; not with ``longest_side_pixels``, where images have no size yet.
+        processes: shards written at a time.
         skip: count samples that cannot be converted and go on; else the first one ends it.
         longest_side_pixels: shrink larger images to this (bicubic, JPEG of quality 92); else files are kept as they are.
 
     Raises:
         ConfigError: a file is missing or of another format, a sample cannot be converted, or none is left.
+        PeerError: a process was killed.
         SaveError: the disk refuses.
     """
     for name in benchmark.needs:
@@ -129,53 +142,53 @@ def convert(
     if not sources.images.is_dir():
         raise ConfigError(f"images: {sources.images} is not a folder")
     converted = Converted()
-    samples = _samples(benchmark, sources, converted, skip, longest_side_pixels)
-    converted.manifest = write_shards(samples, folder, prefix=prefix, samples_per_shard=samples_per_shard)
+    samples: list[making.Item] = []
+    for item in benchmark.read(sources):
+        sample = item if isinstance(item, Problem) else _sample(item, sources.images, longest_side_pixels)
+        if isinstance(sample, making.Item):
+            samples.append(sample)
+        elif skip:
+            converted.skip(sample)
+        else:
+            raise ConfigError(sample.message)
+    made = making.make_shards(
+        samples,
+        Path(folder),
+        prefix=prefix,
+        samples_per_shard=samples_per_shard,
+        shard_bytes=shard_bytes,
+        processes=processes,
+        skip=skip,
+    )
+    for line in made.left_out:
+        converted.skip(Problem("unreadable image", line))
+    converted.manifest = made.manifest
     return converted
 
 
-def _samples(
-    benchmark: Benchmark, sources: Sources, converted: Converted, skip: bool, longest_side_pixels: int | None
-) -> Iterator[dict[str, Any]]:
-    last: tuple[Path | None, bytes, str] = (None, b"", "")  # neighbours often ask about the same image
-    for item in benchmark.read(sources):
-        found = item if isinstance(item, Problem) else _find(item, sources.images)
-        if isinstance(found, Path) and found != last[0]:
-            try:
-                last = (found, *_load(found, longest_side_pixels))
-            except ConfigError as error:
-                found = Problem("unreadable image", str(error))
-        if isinstance(found, Problem):
-            if not skip:
-                raise ConfigError(found.message)
-            converted.skipped[found.kind] += 1
-            converted.examples.setdefault(found.kind, found.message)
-            continue
-        assert isinstance(item, Item)
-        yield {"key": item.key, "image": last[1], "extension": last[2], "meta": item.meta}
-
-
-def _find(item: Item, folder: Path) -> Path | Problem:
+def _sample(item: Item, folder: Path, longest_side_pixels: int | None) -> making.Item | Problem:
+    """The item with the first of its images that is there."""
     for name in item.images:
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
+        if not stays_inside(folder, name):
             return Problem("bad image name", f"{item.where}: image {name!r} does not stay in the folder of images")
-        if (folder / relative).is_file():
-            return folder / relative
+        path = folder / name
+        if path.is_file():
+            state = path.stat()
+            images = partial(_load, path, state.st_mtime_ns, longest_side_pixels)
+            sizes = (state.st_size,) if longest_side_pixels is None else None
+            return making.Item(item.key, item.meta, images, sizes, (state.st_mtime_ns, longest_side_pixels or 0))
     return Problem("missing image", f"{item.where}: no image {' or '.join(item.images)} in {folder}")
 
 
-def _load(path: Path, longest_side_pixels: int | None) -> tuple[bytes, str]:
-    """The image's bytes, decoded once to see that they are whole, and the extension by content: names can be wrong."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+@lru_cache(maxsize=1)  # neighbours often ask about the same image
+def _load(path: Path, _written_ns: int, longest_side_pixels: int | None) -> list[tuple[str, bytes]]:
+    """The image, decoded once to see that it is whole; the extension is that of its content: names can be wrong."""
+    data = path.read_bytes()
     image = decode_image(data, str(path))
     if longest_side_pixels is None or max(image.size) <= longest_side_pixels:
         with Image.open(io.BytesIO(data)) as header:
-            return data, _EXTENSIONS[str(header.format)]
+            return [(_EXTENSIONS[str(header.format)], data)]
     image.thumbnail((longest_side_pixels, longest_side_pixels), Image.Resampling.BICUBIC)
     memory = io.BytesIO()
     image.save(memory, "JPEG", quality=JPEG_QUALITY)
-    return memory.getvalue(), "jpg"
+    return [("jpg", memory.getvalue())]

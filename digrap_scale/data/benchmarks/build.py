@@ -5,6 +5,7 @@ from __future__ import annotations
 from digrap_scale.data.benchmarks import (
     advqa,
     causal,
+    coco_captions,
     domainnet,
     rephrasings,
     textvqa,
@@ -28,4 +29,5 @@ BENCHMARKS: dict[str, Benchmark] = {
     "vizwiz": vizwiz.BENCHMARK,
     "ok-vqa": vqav2.BENCHMARK,
     "domainnet": domainnet.BENCHMARK,
+    "coco-captions": coco_captions.BENCHMARK,
 }

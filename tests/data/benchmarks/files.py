@@ -227,6 +227,32 @@ def domainnet(folder: Path) -> Files:
     return files
 
 
+def coco_captions(folder: Path) -> Files:
+    """An image's captions stand apart, as in the official files, and one has a line end."""
+    files = Files(folder)
+    told = [(OTHER, "A zebra.\n"), (IMAGE, "A red wall."), (OTHER, "A zebra on grass.")]
+    content = {
+        "info": {"description": "COCO 2017 Dataset"},
+        "licenses": [],
+        "images": [
+            {
+                "license": 4,
+                "file_name": f"{image:012d}.jpg",
+                "coco_url": "unused",
+                "height": 30,
+                "width": 40,
+                "id": image,
+            }
+            for image in (IMAGE, OTHER)
+        ],
+        "annotations": [{"image_id": image, "id": 40 + i, "caption": text} for i, (image, text) in enumerate(told)],
+    }
+    files.write("annotations", "captions_val2017.json", content)
+    files.image(f"val2017/{IMAGE:012d}.jpg")
+    files.image(f"{OTHER:012d}.jpg", picture("blue"))  # without the split's folder
+    return files
+
+
 WRITERS = {
     "vqav2": vqav2,
     "iv-vqa": causal,
@@ -240,4 +266,5 @@ WRITERS = {
     "vizwiz": vizwiz,
     "ok-vqa": okvqa,
     "domainnet": domainnet,
+    "coco-captions": coco_captions,
 }

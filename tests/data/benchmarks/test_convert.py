@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from digrap_scale.data import make
+from digrap_scale.data.benchmarks import base
 from digrap_scale.data.benchmarks.build import BENCHMARKS
 from digrap_scale.data.classes import load_classes
 from digrap_scale.data.reading import samples_of
@@ -70,6 +72,10 @@ EXPECTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("real_001_000001", {"label": "aircraft carrier", "domain": "real", "class_index": 0}),
         ("real_002_000024", {"label": "airplane", "domain": "real", "class_index": 1}),
     ],
+    "coco-captions": [
+        ("262284", {"caption": "A red wall.", "captions": ["A red wall."], "image_id": IMAGE}),
+        ("9", {"caption": "A zebra.", "captions": ["A zebra.", "A zebra on grass."], "image_id": 9}),
+    ],
 }  # fmt: skip
 EXPECTED["cv-vqa"] = EXPECTED["iv-vqa"]
 EXPECTED["vqa-rephrasings-og"] = [EXPECTED["vqav2"][0], *EXPECTED["vqa-rephrasings"]]
@@ -95,7 +101,8 @@ def test_every_benchmark_is_tested() -> None:
 def test_samples(name: str, tmp_path: Path) -> None:
     code, out = run(name, WRITERS[name](tmp_path / "a"), "--samples-per-shard", "2")
     assert code == 0
-    assert [(key, meta) for key, meta, _ in read(out)] == EXPECTED[name]
+    expected = [(key, {**meta, "image_count": 1}) for key, meta in EXPECTED[name]]
+    assert [(key, meta) for key, meta, _ in read(out)] == expected
     _, again = run(name, WRITERS[name](tmp_path / "b"), "--samples-per-shard", "2")
     files = sorted(path.name for path in out.iterdir())
     assert files == sorted(path.name for path in again.iterdir())
@@ -118,6 +125,58 @@ def test_large_images_are_shrunk(tmp_path: Path) -> None:
     assert (out / "vizwiz-000000.tar").read_bytes() == before
 
 
+def test_processes_and_a_limit_in_bytes_change_nothing_else(tmp_path: Path) -> None:
+    files = WRITERS["vqav2"](tmp_path)
+    _, out = run("vqav2", files, "--samples-per-shard", "1")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run("vqav2", files, "--samples-per-shard", "1", "--processes", "2", "--shard-mb", "1")[0] == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and len(before) == 5
+    for image in (files.folder / "images").rglob("*.jpg"):
+        image.write_bytes(image.read_bytes() + bytes(400_000))
+    assert run("vqav2", files, "--shard-mb", "1")[0] == 0
+    assert [path.stat().st_size < 10**6 for path in sorted(out.glob("*.tar"))] == [True, True]
+
+
+def test_an_image_of_several_questions_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    decode = base.decode_image
+    monkeypatch.setattr(base, "decode_image", lambda data, where: (decoded.append(where), decode(data, where))[1])
+    assert run("vqav2", WRITERS["vqav2"](tmp_path))[0] == 0
+    assert [Path(name).name[-8:] for name in decoded] == ["2284.jpg", "0009.jpg"]
+
+
+def test_what_a_killed_conversion_skipped_is_told_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in its third shard, after the first image turned out broken: that is not decoded again, but still told."""
+    files = WRITERS["vqav2"](tmp_path)
+    files.image("val2014/COCO_val2014_000000262284.jpg", picture("red")[:-300])
+    write, written = make._write_shard, []
+
+    def dies(path: Path, items: Any, skip: bool) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, items, skip)
+
+    monkeypatch.setattr(make, "_write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("vqav2", files, "--samples-per-shard", "1", "--skip")
+    monkeypatch.setattr(make, "_write_shard", lambda *given: (written.append(given[0].name), write(*given)))
+    assert run("vqav2", files, "--samples-per-shard", "1")[0] == 2  # not without --skip
+    assert "sample 262284000 cannot be written" in capsys.readouterr().err
+    code, out = run("vqav2", files, "--samples-per-shard", "1", "--skip")
+    assert code == 0 and written == [f"vqav2-00000{i}.tar" for i in range(3)]
+    assert "skipped: 2 unreadable image (first: sample 262284000 cannot" in capsys.readouterr().out
+    assert [path.name for path in sorted(out.iterdir())] == [  # a shard of none but broken samples is none
+        "vqav2-000002.tar", "vqav2.manifest.json", "vqav2.offsets.npy",
+    ]  # fmt: skip
+    assert [key for key, _, _ in read(out)] == ["9000"]
+    files.image("val2014/COCO_val2014_000000000009.jpg", picture("red")[:-300])
+    assert run("vqav2", files, "--skip")[0] == 2
+    assert "no samples for shards vqav2-*.tar: all were left out (first: sample 262" in capsys.readouterr().err
+
+
 def change(files: Files, file: str, edit: Any) -> None:
     path = files.folder / file
     data = json.loads(path.read_text())
@@ -125,6 +184,7 @@ def change(files: Files, file: str, edit: Any) -> None:
     path.write_text(json.dumps(data))
 
 
+CAPTIONS = "captions_val2017.json"
 Q, A = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
 # benchmark, what is done to its files, what the one line says, samples that are left with --skip (None: no file at all)
 BAD: list[tuple[str, Any, str, int | None]] = [
@@ -170,6 +230,16 @@ BAD: list[tuple[str, Any, str, int | None]] = [
      "val.json: the file: expected a list of objects", None),
     ("domainnet", lambda f: (f.folder / "real_test.txt").write_text("real/airplane/real_002_000024.jpg 1\nx y\n"),
      "real_test.txt:2: expected `domain/class/image number`, found 'x y'", 1),
+    ("coco-captions", lambda f: change(f, CAPTIONS, lambda d: d["annotations"].pop(1)),
+     f"{CAPTIONS}: image 262284: expected captions, found []", 1),
+    ("coco-captions", lambda f: change(f, CAPTIONS, lambda d: d["annotations"][0].update(caption=None)),
+     f"{CAPTIONS}: annotation 40: caption: expected str, found None", 1),
+    ("coco-captions", lambda f: change(f, CAPTIONS, lambda d: d["annotations"][0].update(image_id=7)),
+     f"{CAPTIONS}: annotation 40: image_id 7 is not among the images", 2),
+    ("coco-captions", lambda f: change(f, CAPTIONS, lambda d: d["images"].append(d["images"][0])),
+     f"{CAPTIONS}: images: id 262284 comes twice", None),
+    ("coco-captions", lambda f: change(f, CAPTIONS, lambda d: d.pop("images")),
+     f"{CAPTIONS}: expected an object with the key 'images'", None),
 ]  # fmt: skip
 
 
@@ -182,7 +252,7 @@ def test_bad_input(
     code, out = run(name, files)
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and len(lines) == 1 and message in lines[0], lines
-    assert not out.exists() or not list(out.iterdir()), "half a set was left"
+    assert not list(out.glob("[!.]*")), "half a set was left"
     code, out = run(name, files, "--skip")
     printed = capsys.readouterr()
     if left is None:
@@ -199,6 +269,10 @@ def test_bad_input(
         ("vqav2", ["--images", "/nowhere"], "images: /nowhere is not a folder"),
         ("vqav2", ["--classes-out", "c.json"], "--classes-out: only domainnet has classes"),
         ("vqav2", ["--longest-side", "0"], "--longest-side: expected 1 or more, found 0"),
+        ("vqav2", ["--longest-side", "9", "--shard-mb", "1"], "--shard-mb: with --longest-side images have no size"),
+        ("vqav2", ["--shard-mb", "0"], "--shard-mb: expected 1 or more, found 0"),
+        ("vqav2", ["--processes", "0"], "--processes: expected 1 or more, found 0"),
+        ("vqav2", ["--prefix", "a/b"], "shard prefix 'a/b'"),
         ("vqav2", ["--samples-per-shard", "0"], "samples_per_shard 0"),
     ],
 )
