@@ -43,7 +43,7 @@ def test_the_size_of_a_shard_is_known_before(name: str, images: int, tmp_path: P
     draw = random.Random(f"{name} {images}")
     items = [
         item(name.format(i), *(draw.randrange(2000) for _ in range(images)), text="ä" * draw.randrange(600))
-        for i in range(30)
+        for i in range(12)
     ]
     make_shards(items, tmp_path, prefix="p", samples_per_shard=100)
     (whole,) = shards_of(tmp_path)
@@ -52,7 +52,7 @@ def test_the_size_of_a_shard_is_known_before(name: str, images: int, tmp_path: P
     make_shards(items, tmp_path, prefix="p", samples_per_shard=100, shard_bytes=expected)
     assert len(shards_of(tmp_path)) == 1
     limit = expected - 1
-    for _ in range(4):
+    for _ in range(3):
         make_shards(items, tmp_path, prefix="p", samples_per_shard=100, shard_bytes=limit)
         for shard in shards_of(tmp_path):
             assert shard.stat().st_size <= limit or len({n.split(".")[0] for n in tarfile.open(shard).getnames()}) == 1
@@ -143,6 +143,7 @@ def waits(note: Path) -> list[tuple[str, bytes]]:
     return []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
     """Neither writing on into the hidden folder, nor holding the lock of the run that goes on."""
     notes = [tmp_path / "a", tmp_path / "b"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from make_shards import main  # noqa: E402
 
 from digrap_scale.data import make  # noqa: E402
 from digrap_scale.data.classes import load_classes  # noqa: E402
+from digrap_scale.data.listing import list_folder  # noqa: E402
 from digrap_scale.data.manifest import check_manifest  # noqa: E402
 from digrap_scale.data.reading import samples_of  # noqa: E402
 from digrap_scale.data.shards import ShardSet  # noqa: E402
@@ -94,6 +96,15 @@ def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.
     assert run("folder", photos, tmp_path / "once") == 0
     for path in (tmp_path / "once").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_file_that_changed_is_another_sample(photos: Path) -> None:
+    before, _ = list_folder(photos)
+    path = photos / "cat" / "v1.3.PNG"
+    times = path.stat()
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    after, _ = list_folder(photos)
+    assert [old.key for old, new in zip(before, after, strict=True) if old.stamps != new.stamps] == ["cat/v1_3"]
 
 
 def test_a_killed_run_of_other_samples_starts_anew(photos: Path, tmp_path: Path) -> None:
