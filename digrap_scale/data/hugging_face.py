@@ -8,7 +8,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from digrap_scale.data.make import IMAGE_COUNT, Item
+from digrap_scale.data.make import Item
+from digrap_scale.data.reading import IMAGE_COUNT
 from digrap_scale.data.tar import SampleError
 from digrap_scale.errors import ConfigError
 

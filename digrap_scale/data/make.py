@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import tarfile
 import threading
@@ -31,14 +30,13 @@ from typing import Any
 import webdataset as wds
 
 from digrap_scale.data.manifest import Manifest, index_shards, replacing
-from digrap_scale.data.shards import FIXED_MEMBER_FIELDS, check_key, publish_shards
+from digrap_scale.data.reading import IMAGE_COUNT
+from digrap_scale.data.shards import FIXED_MEMBER_FIELDS, PREFIX, check_key, publish_shards
 from digrap_scale.data.tar import HEADER_BYTES, SampleError
 from digrap_scale.errors import ConfigError, PeerError, SaveError
 
-IMAGE_COUNT = "image_count"
 PLAN_FILE = "plan.json"
 MAX_SHOWN_PROBLEMS = 50
-_PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 Images = Callable[[], list[tuple[str, bytes]]]
 
@@ -131,7 +129,7 @@ def make_shards(
 def _check(items: Sequence[Item], prefix: str, samples_per_shard: int, shard_bytes: int | None) -> None:
     problems = [problem for item in items if (problem := check_key(item.key)) is not None]
     problems += [f"key {key!r} comes {n} times" for key, n in Counter(i.key for i in items).items() if n > 1]
-    if not _PREFIX.fullmatch(prefix):
+    if not PREFIX.fullmatch(prefix):
         problems.append(f"shard prefix {prefix!r}: expected letters, digits, '.', '_' or '-'")
     if samples_per_shard < 1:
         problems.append(f"samples_per_shard {samples_per_shard}: expected 1 or more")

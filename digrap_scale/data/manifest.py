@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import IO
 import numpy as np
 
 from digrap_scale.data.tar import OFFSET_COLUMNS, ShardScan, scan_checked
-from digrap_scale.errors import ConfigError, SaveError
+from digrap_scale.errors import ConfigError, PeerError, SaveError
 
 MANIFEST_VERSION = 2
 MANIFEST_SUFFIX = ".manifest.json"
@@ -290,8 +291,13 @@ def set_name(paths: Sequence[Path]) -> str:
 
 
 def _map(work, items, processes):  # type: ignore[no-untyped-def]  # a generic of its own would say no more
-    """``work`` of each item, in order."""
+    """``work`` of each item, in order. Raises: PeerError: a process was killed."""
     if processes <= 1:
         return [work(item) for item in items]
-    with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(work, items))
+    try:
+        with ProcessPoolExecutor(processes) as pool:
+            return list(pool.map(work, items))
+    except BrokenProcessPool as error:
+        raise PeerError(
+            f"{items[0]} …: a process that read shards was killed (out of memory?); give fewer processes"
+        ) from error

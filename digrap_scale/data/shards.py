@@ -24,7 +24,7 @@ from digrap_scale.data.manifest import MANIFEST_SUFFIX, Manifest, ShardEntry, St
 from digrap_scale.data.tar import IMAGE_EXTENSIONS, Offsets, scan_checked
 from digrap_scale.errors import ConfigError, SaveError
 
-_PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _KEY = re.compile(r"[^./\\\s]([^.\\\x00-\x1f]*[^./\\\s])?")
 _URL = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
 
@@ -91,7 +91,7 @@ def write_shards(
         SaveError: the disk refuses.
     """
     folder = Path(folder)
-    if not _PREFIX.fullmatch(prefix):
+    if not PREFIX.fullmatch(prefix):
         raise ConfigError(f"shard prefix {prefix!r}: expected letters, digits, '.', '_' or '-'")
     if samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard {samples_per_shard}: expected 1 or more")
