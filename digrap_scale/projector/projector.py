@@ -82,6 +82,7 @@ class Projector:
         backend, method = self.backend, self.method
         views: dict[int, ShardView] = {}
         if backend.first_of_step():
+            backend.check_optimizer()
             if method.begin_step(self.report.step + 1):
                 backend.restart_optimizer_()
             resting_L = method.resting()
@@ -369,6 +370,7 @@ class Projector:
         if self._early is not None:
             self._early.close()
         self._reference.close()
+        self.backend.close()
 
 
 def _not_finite(name: str) -> CheckpointError:

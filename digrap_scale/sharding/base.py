@@ -103,7 +103,7 @@ class Backend:
         self.specs: list[ShardSpec] = [self.spec(name, parameter) for name, parameter, _ in self._trained]
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._dropped: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._aliases = aliases_of(optimizer)
+        self._aliases = Aliases(optimizer)
 
     def spec(self, name: str, parameter: nn.Parameter) -> ShardSpec:
         """Which elements of ``parameter`` this rank holds."""
@@ -246,6 +246,22 @@ class Backend:
         """A layer of ``layers`` and another one that the optimizer steps as one tensor with it; None: there are none."""
         return None
 
+    def check_optimizer(self) -> None:
+        """Raises: ConfigError: the optimizer steps a parameter that it did not train when this was made: it would escape
+        projection, clipping and skipped steps."""
+        known = {id(parameter) for _, parameter, _ in self._trained}
+        for group in self.hooked[0].param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in known:
+                    raise ConfigError(
+                        f"the optimizer steps a parameter of shape {tuple(parameter.shape)} that it did not train when "
+                        "attach() was called; call detach(), and attach() again, after adding or unfreezing parameters"
+                    )
+
+    def close(self) -> None:
+        """Let go of the optimizer."""
+        self._aliases.close()
+
     def restart_optimizer_(self) -> None:
         """Put the optimizer's state back to where it began: moments and counts of steps are 0."""
         for optimizer in self.hooked:
@@ -311,13 +327,6 @@ class Backend:
         copy = local.contiguous().view(-1)
         self._copied.append((local, copy))
         return copy
-
-
-def aliases_of(optimizer: Optimizer) -> Aliases:
-    """Empty, and empty again whenever the optimizer's state is loaded: its old moments must not stay in memory."""
-    aliases = Aliases()
-    optimizer.register_load_state_dict_post_hook(lambda _: aliases.forget())
-    return aliases
 
 
 def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:

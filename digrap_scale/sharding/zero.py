@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.aliases import Aliases
 from digrap_scale.sharding.base import (
     STEP,
     Backend,
-    aliases_of,
     all_gather,
     all_reduce_,
     gather_intervals,
@@ -47,7 +47,7 @@ class ZeroBackend(Backend):
         self.specs = []
         self._copied = []
         self._dropped = []
-        self._aliases = aliases_of(self._zero.optimizer)
+        self._aliases = Aliases(self._zero.optimizer)
         self._place: list[Place] = []
         self._group: dist.ProcessGroup | None = None
 
@@ -172,6 +172,9 @@ class ZeroBackend(Backend):
         raise ConfigError(
             "statistics during backward: DeepSpeed does not tell when a gradient is reduced; set training.statistics: step"
         )
+
+    def check_optimizer(self) -> None:
+        """An engine's partitions are made once."""
 
     def grad_norm_before_clipping(self) -> float | None:
         norm = self._zero._global_grad_norm
