@@ -40,7 +40,7 @@ from digrap_scale.errors import DigrapError
 TRAIN_SAMPLES, TEST_SAMPLES, FAR_SAMPLES, CANDIDATES = 10_000, 1_000, 1_000, 4_000
 PRETRAINING_SAMPLES = 10_000
 CAPTION_SHARE = 0.4  # of the pre-training samples
-SHIPPED_FAR, SHIPPED_CANDIDATES = 150, 400
+SHIPPED_FAR, SHIPPED_CANDIDATES = 150, 600
 ASSETS = Path(__file__).resolve().parents[1] / "digrap_scale" / "demo" / "assets"
 # Styles that are fetched and not kept here join the near sets.
 OUTLINED = vqa.SetSpec("outlined style", ("openmoji",), modality="vision")

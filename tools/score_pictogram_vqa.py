@@ -3,8 +3,9 @@
     python tools/score_pictogram_vqa.py --model FOLDER --sets FOLDER [--names id colour-styles] [--samples 300]
 
 Plain transformers: greedy answers, right if they are the one right answer. The prior's answer to a question type is the
-most frequent one in the training set (``train-*.tar`` in the same folder); the constant is the answer that is most often right
-in the very set, which no prior can beat.
+most frequent one in the training set (``train-*.tar`` in the same folder). "Blind" is what the question alone gives to who knows
+the very set: the answer that is most often right there for its type, its form (with a place or without) and its noun (all things,
+or those of a class). The row "unseen" leaves out "what", which is asked about concepts that training saw.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import digrap_scale.models.towers  # noqa: F401  (makes the image tower known to transformers)
 from digrap_scale.demo import pictogram_vqa as vqa
+from digrap_scale.demo import scenes
 
 MAX_NEW_TOKENS = 8
 
@@ -62,24 +64,29 @@ class Answerer:
 
 
 def score(answerer: Answerer, samples: Iterable[dict[str, Any]], prior: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Question type (and "all") → number of samples, right answers, and right ones of the prior and of the best constant."""
+    """Question type (and "all", "unseen") → number of samples, right answers, and right ones of the prior and blind."""
     table: dict[str, dict[str, float]] = {}
-    told: dict[str, Counter[str]] = {}
+    told: dict[tuple[str, bool, bool], Counter[str]] = {}
     stream = iter(samples)
     while batch := list(itertools.islice(stream, answerer.batch_samples)):
         for sample, answer in zip(batch, answerer.answers(batch), strict=True):
             kind, right = sample["meta"]["question_type"], sample["meta"]["answers"][0]
-            told.setdefault(kind, Counter())[right] += 1
-            for row in (kind, "all"):
-                counts = table.setdefault(row, {"samples": 0, "right": 0, "prior": 0})
+            question = sample["meta"]["question"]
+            form = any(cell in question for cell in scenes.CELLS), scenes.THINGS in question
+            told.setdefault((kind, *form), Counter())[right] += 1
+            for row in _rows(kind):
+                counts = table.setdefault(row, {"samples": 0, "right": 0, "prior": 0, "blind": 0})
                 counts["samples"] += 1
                 counts["right"] += answer == right
                 counts["prior"] += prior.get(kind) == right
-    for kind, answers in told.items():
-        table[kind]["constant"] = max(answers.values())
-    if told:
-        table["all"]["constant"] = sum(table[kind]["constant"] for kind in told)
+    for (kind, *_), answers in told.items():
+        for row in _rows(kind):
+            table[row]["blind"] += max(answers.values())
     return table
+
+
+def _rows(kind: str) -> tuple[str, ...]:
+    return (kind, "all") if kind == "what" else (kind, "all", "unseen")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     prior = vqa.prior_answers(options.sets)
     answerer = Answerer(options.model)
     results = {}
-    print("| set | question type | samples | accuracy | prior | constant |\n|---|---|--:|--:|--:|--:|")
+    print("| set | question type | samples | accuracy | prior | blind |\n|---|---|--:|--:|--:|--:|")
     for name in names:
         table = score(answerer, itertools.islice(vqa.read_set(options.sets, name), options.samples), prior)
         results[name] = table
@@ -104,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             share = 100 / row["samples"]
             print(
                 f"| {name} | {kind} | {row['samples']:.0f} | {row['right'] * share:.1f} | {row['prior'] * share:.1f} | "
-                f"{row['constant'] * share:.1f} |",
+                f"{row['blind'] * share:.1f} |",
                 flush=True,
             )
     if options.json is not None:

@@ -2,7 +2,8 @@
 
 The tower of the foundation model knows the training concepts in the styles of the alignment. Here every drawing is turned
 into others (``pictogram_styles.py``), and the tower learns to name concept and class, and to stay near what the foundation
-model makes of the drawing as it was, which keeps what that knows of concepts that are not in the training set.
+model makes of the drawing as it was (through a copy of its projection that learns, too), which keeps what that knows of concepts
+that are not in the training set.
 """
 
 # B tiles, C channels

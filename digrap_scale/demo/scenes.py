@@ -97,6 +97,7 @@ CAPTIONS = {"names": "describe the picture.", "kinds": "what kind of thing does 
 QUESTION_TYPES = ("what", "where", "how many", "yes/no", "category")
 COUNTS = ("0", "1", "2", "3", "4")
 THINGS = "thing"  # the noun that counts every pictogram
+THINGS_SHARE = 0.2  # of the questions how many there are, but for those answered "0": no page is empty
 
 # concept → class
 Kinds = Mapping[str, str]
@@ -247,6 +248,8 @@ def draw_question(
 ) -> tuple[Scene, Question]:
     """A scene and a question about it whose answer follows ``prior``: scenes are drawn until one fits.
 
+    The form, and whether things of a class or all of them are counted, are drawn first, so that they do not tell the answer.
+
     Args:
         rng: the source of chance.
         question_type: one of ``QUESTION_TYPES``.
@@ -258,6 +261,8 @@ def draw_question(
     by_noun = {NOUNS[name] for name in concepts}
     while question_type in ("what", "category") and wanted not in by_noun:  # a style may lack a class
         wanted = target(rng, question_type, prior)
+    form = rng.choice(("yes/no", "yes/no cell")) if question_type == "yes/no" else question_type
+    of_all = question_type == "how many" and wanted != COUNTS[0] and rng.random() < THINGS_SHARE
     for _ in range(10_000):
         scene = draw_scene(rng, concepts)
         fitting = []
@@ -267,12 +272,10 @@ def draw_question(
                 concept = scene[CELLS.index(question.cell)]
                 assert concept is not None
                 asked = NOUNS[kinds[concept]]
-            if asked == wanted:
+            if asked == wanted and question.form == form and (question.noun == THINGS) == of_all:
                 fitting.append(question)
         if fitting:
-            # Both forms of yes/no alike, though there are more questions of one.
-            form = rng.choice(sorted({question.form for question in fitting}))
-            return scene, rng.choice([question for question in fitting if question.form == form])
+            return scene, rng.choice(fitting)
     raise ValueError(f"no scene of {len(kinds)} concepts has a {question_type!r} question with the answer {wanted!r}")
 
 

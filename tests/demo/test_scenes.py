@@ -82,6 +82,21 @@ def test_priors_shape_the_answers(question_type: str) -> None:
         assert counts["balanced"][answer] / 400 == pytest.approx(1 / len(answers), abs=0.1)
 
 
+@pytest.mark.parametrize("question_type", ["how many", "yes/no"])
+@pytest.mark.parametrize("prior", ["balanced", "skewed"])
+def test_the_question_does_not_tell_the_answer(question_type: str, prior: str) -> None:
+    """Neither form nor noun: whoever only reads the question is as often right as who only knows the prior."""
+    told: dict[tuple[str, bool], Counter[str]] = {}
+    for number in range(600):
+        _, question = scenes.draw_question(random.Random(f"{prior}/{number}"), question_type, prior, CONCEPTS)
+        told.setdefault((question.form, question.noun == scenes.THINGS), Counter())[question.answer] += 1
+    assert len(told) == 2
+    weights = scenes.SKEW[question_type] if prior == "skewed" else (1,) * len(scenes.answer_set(question_type))
+    blind = sum(max(answers.values()) for answers in told.values()) / 600
+    # Three standard deviations; no page is empty, so that "how many things" is never answered "0".
+    assert blind < max(weights) / sum(weights) + 0.06 + (0.05 if question_type == "how many" else 0), told
+
+
 def test_an_answer_that_no_scene_has_is_an_error() -> None:
     with pytest.raises(ValueError, match="how many"):
         for number in range(50):  # one class of one concept: never two of a kind
