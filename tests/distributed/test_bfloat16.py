@@ -38,8 +38,9 @@ from tests.distributed.training_runs import (
     train_toy,
 )
 
-Trained = tuple[str, list[dict[str, Any]]]
-RANKS, MU = 2, 0.05
+Trained = tuple[str, int, list[dict[str, Any]]]
+BACKENDS = ("fsdp2", "fsdp2 float32 sums", "zero3")
+MU = 0.05
 UNIT, MAPS, FLIPS = 2.0**-8, 4, 4
 WEIGHT_TOLERANCE = FLIPS * 2 * max(LR.values()) * MAPS * UNIT
 STRENGTH_TOLERANCE = FLIPS * 2 * MU * MAPS * UNIT
@@ -64,22 +65,29 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["fsdp2", "fsdp2 float32 sums", "zero3"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=[] if ranks == 2 else pytest.mark.slow)
+        for backend in BACKENDS
+        for ranks in (2, 3, 4)
+    ],
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, file: Path) -> Trained:
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, run_ranks(RANKS, folder, train_methods, request.param, str(file))
+    backend, ranks = request.param
+    return backend, ranks, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_methods, backend, str(file))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> None:
-    backend, ranks = trained
+    backend, ranks, results = trained
     theta0 = make_theta0(make_toy(), torch.bfloat16)
     sums = torch.float32 if "float32" in backend else torch.bfloat16
     reference, plain = (
-        low_precision_run(one, theta0, rounded_start=backend == "zero3", ranks=RANKS, mu=MU, sums=sums)
+        low_precision_run(one, theta0, rounded_start=backend == "zero3", ranks=ranks, mu=MU, sums=sums)
         for one in (method, "none")
     )
-    for got in ranks:
+    for got in results:
         for name, weight in reference.w.items():
             value = got[method]["weights"][name]
             assert value.dtype == torch.float32
@@ -89,7 +97,7 @@ def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> 
         assert max(reference.omega.values()) > 2 * STRENGTH_TOLERANCE
     apart = max(float((plain.w[name] - reference.w[name]).abs().max()) for name in plain.w)
     assert apart > 2 * WEIGHT_TOLERANCE, "the comparison could not tell the method from none"
-    assert ranks[0][method]["strength"] == ranks[1][method]["strength"]
+    assert all(got[method]["strength"] == results[0][method]["strength"] for got in results)
 
 
 def plain_bfloat16(theta0: dict[str, torch.Tensor], mu: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

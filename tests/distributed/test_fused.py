@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import digrap_scale
-from digrap_scale.errors import CheckpointError
+from digrap_scale.errors import CheckpointError, ConfigError
 from tests.distributed.toy import make_batches, make_theta0, make_toy
 from tests.distributed.training_runs import large_layers
 
@@ -264,21 +264,28 @@ def test_all_layers_measured_during_backward() -> None:
     assert projector.report.grad_norm == pytest.approx(norm, rel=1e-5)  # torch's norm is a float32 sum
 
 
-def test_parameters_that_come_later_are_torchs() -> None:
-    """A group that is added after attach has a step count and weights as if there were no projector."""
-    results = []
-    for projection in ("separate", "fused"):
-        model = make_toy()
-        later = torch.nn.Parameter(torch.ones(3))
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad])
-        digrap_scale.attach(model, optimizer, method="none", projection=projection)
-        optimizer.add_param_group({"params": [later]})
-        for x, y in BATCHES[:3]:
-            (cross_entropy(model(x), y) + later.square().sum()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append((later.detach().clone(), float(optimizer.state[later]["step"])))
-    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1] == 3
+@pytest.mark.parametrize("projection", ["separate", "fused"])
+def test_parameters_that_come_later_are_refused(projection: str) -> None:
+    """They would escape projection, clipping and skipped steps; after attaching anew they do not."""
+    model = make_toy()
+    later = torch.nn.Parameter(torch.ones(3))
+    model.register_parameter("later", later)
+    first = [p for name, p in model.named_parameters() if p.requires_grad and name != "later"]
+    optimizer = adamw(first)
+    projector = digrap_scale.attach(model, optimizer, method="none", projection=projection)
+    optimizer.add_param_group({"params": [later]})
+    x, y = BATCHES[0]
+    (cross_entropy(model(x), y) + later.square().sum()).backward()
+    before = [p.detach().clone() for p in first]
+    with pytest.raises(
+        ConfigError, match=r"a parameter of shape \(3,\) that it did not train when attach\(\) was called"
+    ):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(first, before, strict=True))
+    projector.detach()
+    digrap_scale.attach(model, optimizer, method="none", projection=projection)
+    optimizer.step()
+    assert not torch.equal(later, torch.ones(3))
 
 
 def test_moments_of_other_strides_are_stepped() -> None:

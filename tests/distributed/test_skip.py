@@ -87,16 +87,17 @@ def expected(case: Case) -> Reference:
 @pytest.mark.parametrize("key", KEYS)
 def test_nothing_changes_in_the_skipped_step(trained: Trained, key: str) -> None:
     _, cases, results = trained
+    if key not in cases:
+        pytest.skip("a case of another backend, or of another number of ranks")
     for got in results:
-        if key in cases:
-            assert got[key]["changed"] == [], "not the same bits as before the step"
+        assert got[key]["changed"] == [], "not the same bits as before the step"
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_report_names_the_layers(trained: Trained, key: str) -> None:
     backend, cases, results = trained
     if key not in cases:
-        return
+        pytest.skip("a case of another backend, or of another number of ranks")
     case = cases[key]
     bad = case.nan_at[0]
     names = [name for name, p in make_toy().named_parameters() if p.requires_grad and "unused" not in name]
@@ -118,7 +119,7 @@ def test_report_names_the_layers(trained: Trained, key: str) -> None:
 def test_training_goes_on_as_if_the_step_had_not_been(trained: Trained, key: str) -> None:
     _, cases, results = trained
     if key not in cases:
-        return
+        pytest.skip("a case of another backend, or of another number of ranks")
     reference = expected(cases[key])
     for got in results:
         for name, weight in reference.w.items():

@@ -17,7 +17,8 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_theta0, make_toy
 from tests.distributed.training_runs import LR, STEPS, Case, train_all
 
-RANKS, MU = 2, 0.05
+MU = 0.05
+Trained = tuple[int, list[dict[str, Any]]]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FLIPS = {torch.bfloat16: 4, torch.float16: 10}
 MAPS = 4
@@ -61,24 +62,27 @@ RUNS = {
     "float16 3": float16(3),
     "float16 3 scale grows": float16(3, "digrap_update", power=8, window=6, zero=CLIPS, max_grad_norm=0.5),
     "autocast 1": Run(case(1, zero=AUTOCAST), autocast=True),
+    "autocast 2": Run(case(2, zero=AUTOCAST), autocast=True),
     "autocast 3": Run(case(3, "digrap_update", zero=AUTOCAST), autocast=True),
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(RANKS, tmp_path_factory.mktemp("zero"), train_all, {key: run.case for key, run in RUNS.items()})
+@pytest.fixture(scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    cases = {key: run.case for key, run in RUNS.items()}
+    return request.param, run_ranks(request.param, tmp_path_factory.mktemp("zero"), train_all, cases)
 
 
 @pytest.mark.parametrize("key", RUNS)
-def test_equals_plain_training(trained: list[dict[str, Any]], key: str) -> None:
+def test_equals_plain_training(trained: Trained, key: str) -> None:
+    ranks, results = trained
     run = RUNS[key]
     scale = None if run.power is None else LossScale(2.0**run.power, run.window)
     reference = low_precision_run(
         run.case.method,
         make_theta0(make_toy()),
         rounded_start=not run.autocast,
-        ranks=RANKS,
+        ranks=ranks,
         mu=MU,
         dtype=run.dtype,
         loss_scale=scale,
@@ -87,14 +91,13 @@ def test_equals_plain_training(trained: list[dict[str, Any]], key: str) -> None:
     )
     unit = FLIPS[run.dtype] * 2 * MAPS * UNIT[run.dtype]
     assert max(reference.omega.values()) > 0.1 > 5 * MU * unit
-    for rank in trained:
-        got = rank[key]
+    for got in (rank[key] for rank in results):
         for name, weight in reference.w.items():
             assert got["weights"][name].dtype == torch.float32
             torch.testing.assert_close(got["weights"][name], weight, atol=max(LR.values()) * unit, rtol=0)
         for name, omega in reference.omega.items():
             assert got["strength"][name] == pytest.approx(omega, abs=MU * unit), name
-        assert got["strength"] == trained[0][key]["strength"], "ω differs in its bits between ranks"
+        assert got["strength"] == results[0][key]["strength"], "ω differs in its bits between ranks"
         skipped = [step for step, report in enumerate(got["reports"]) if report["skipped"]]
         assert skipped == ([] if scale is None else scale.skipped)
         if run.power == 22:
@@ -103,12 +106,13 @@ def test_equals_plain_training(trained: list[dict[str, Any]], key: str) -> None:
 
 
 @pytest.mark.parametrize("key", [key for key, run in RUNS.items() if run.power == 22])
-def test_an_overflow_changes_nothing(trained: list[dict[str, Any]], key: str) -> None:
+def test_an_overflow_changes_nothing(trained: Trained, key: str) -> None:
     """Weights, moments, ω's state and p_{t-1} keep their bits, and the report names layers, the same on every rank."""
     names = {name for name, p in make_toy().named_parameters() if p.requires_grad and "unused" not in name}
-    for rank in trained:
+    _, results = trained
+    for rank in results:
         assert rank[key]["changed"] == []
-        for report, other in zip(rank[key]["reports"], trained[0][key]["reports"], strict=True):
+        for report, other in zip(rank[key]["reports"], results[0][key]["reports"], strict=True):
             assert report["nonfinite_layers"] == other["nonfinite_layers"]
             if report["skipped"]:
                 assert report["nonfinite_layers"] and set(report["nonfinite_layers"]) <= names
