@@ -13,7 +13,8 @@ from digrap_scale.training.log import METRICS_FILE, read_metrics
 
 CAPTION = (
     "Medians over logged steps (without a run's first), then over runs, on rank 0. `optimizer` holds the projection. Trials that "
-    "ran beside each other shared the machine."
+    "ran beside each other shared the machine. For the pictures every trial measures its layers' conflicts and drift, plain "
+    "fine-tuning too: against a run without, a method adds that pass as well."
 )
 
 

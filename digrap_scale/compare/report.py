@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from digrap_scale.checkpoint.atomic import save_error, write_file
-from digrap_scale.compare import cost
+from digrap_scale.compare import cost, numbers
 from digrap_scale.compare.grid import describe_setting
 from digrap_scale.compare.results import Comparison
 from digrap_scale.compare.table import Cell, Table, markdown, stored
@@ -26,6 +26,7 @@ CAPTIONS = {
     "conflicts": "How often each layer's gradient pulled away from the reference, over the whole run (first seed).",
     "drift": "How far each layer has come from the reference (first seed).",
 }
+PICTURES_OF_A_DOMAIN = ("strength", "conflicts", "drift")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;padding:0 1em}
 h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em}
@@ -67,10 +68,10 @@ def _json(comparison: Comparison, tables: Sequence[Table]) -> str:
         "confidence": comparison.confidence,
         "tables": [stored(table) for table in tables],
         "settings": {row.name: row.settings for row in comparison.rows},
-        "search": [
-            {"domain": p.domain, "method": p.method, "setting": dict(p.setting), "validation": p.validation}
-            for p in comparison.points
-        ],
+        "runs": numbers.runs(comparison),
+        "search": numbers.search(comparison),
+        "curve": numbers.curve(comparison),
+        "environment": numbers.environment(comparison),
         "costs": {name: vars(one) for name, one in comparison.costs.items()},
         "notes": comparison.notes,
         "failed": comparison.failed,
@@ -83,7 +84,7 @@ def _markdown(comparison: Comparison, tables: Sequence[Table], pictures: Sequenc
     parts += [markdown(table, comparison.baseline) for table in tables]
     parts += _costs_markdown(comparison)
     parts += ["## Notes\n", *(f"- {note}" for note in comparison.notes), ""]
-    parts += [f"![{caption_of(name)}]({name})\n" for name in pictures]
+    parts += [f"![{caption_of(name, comparison)}]({name})\n" for name in pictures]
     return "\n".join(parts)
 
 
@@ -95,9 +96,13 @@ def _costs_markdown(comparison: Comparison) -> list[str]:
     return ["## Cost of a step\n", cost.CAPTION + "\n", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def caption_of(name: str) -> str:
-    """A picture's caption, by its file's name."""
-    return CAPTIONS[name.removesuffix(".png").partition("-")[0]]
+def caption_of(name: str, comparison: Comparison) -> str:
+    """A picture's caption, by its file's name: pictures of one domain tell which."""
+    kind, _, number = name.removesuffix(".png").partition("-")
+    domains = list(dict.fromkeys(domain for row in comparison.rows for domain, trials in row.trials.items() if trials))
+    if kind not in PICTURES_OF_A_DOMAIN or len(domains) < 2:
+        return CAPTIONS[kind]
+    return f"{domains[int(number or 0)]}: {CAPTIONS[kind]}"
 
 
 def html(comparison: Comparison, tables: Sequence[Table], pictures: Mapping[str, bytes]) -> str:
@@ -114,7 +119,7 @@ def html(comparison: Comparison, tables: Sequence[Table], pictures: Mapping[str,
     body.append(_search(comparison))
     for name, content in pictures.items():
         data = base64.b64encode(content).decode()
-        caption = escape(caption_of(name))
+        caption = escape(caption_of(name, comparison))
         body.append(
             f'<figure id="{escape(name.removesuffix(".png"))}"><img alt="{caption}" src="data:image/png;base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"

@@ -71,12 +71,13 @@ class Row:
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """A setting that was tried in a domain: its results on the seeds of the search."""
+    """A setting that was tried in a domain: its results on the seeds of the search, and the runs that they are of."""
 
     domain: str
     method: str
     setting: Setting
     results: Sequence[SuiteResult]
+    trials: Sequence[Trial]
 
     @property
     def validation(self) -> list[float]:

@@ -114,7 +114,7 @@ class _Plan:
             lines.append(f"{name}: own hyper-parameters: {_values(own)}; tried: {drawn} of {space.size} settings")
         lines.append(
             f"budget: at most {grid.budget} settings a method and domain, each on {len(self._seeds())} seed(s) "
-            f"({', '.join(map(str, self._seeds()))}); no method gets more"
+            f"({', '.join(map(str, self._seeds()))}); no method trains more"
         )
         lines.append(
             "selected by accuracy on ID validation (withheld from training) alone, for each method and domain by itself; the "
@@ -123,7 +123,8 @@ class _Plan:
         if grid.wise_ft is not None:
             alphas = ", ".join(f"{alpha:g}" for alpha in grid.wise_ft.alphas)
             lines.append(
-                f"{WISE_FT}: of {grid.wise_ft.of}'s chosen runs, α in {alphas} by ID validation; needs no training"
+                f"{WISE_FT}: of {grid.wise_ft.of}'s chosen runs, α in {alphas} by ID validation, a choice more than the budget; "
+                "needs no training"
             )
         lines.append(
             f"intervals: {100 * grid.confidence:g} per cent, of paired differences (same domain, same seed), not corrected for "
@@ -179,7 +180,7 @@ class _Plan:
         for (domain, method, setting), seeds in self._search.items():
             results = [found[0] for trial in seeds.values() if (found := results_of(trial)) is not None]
             if len(results) == len(seeds):
-                points.append(SearchPoint(domain, method, setting, results))
+                points.append(SearchPoint(domain, method, setting, results, list(seeds.values())))
         return points
 
     def _comparison(

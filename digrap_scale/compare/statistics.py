@@ -31,7 +31,7 @@ class Difference:
 
     Attributes:
         mean: over domains, of means over seeds.
-        low, high: the interval; None where there are one or two units only.
+        low, high: the interval; None where there are one or two units only, or all are equal.
         kind: how the interval was made, in words; empty without one.
         pairs: pairs of runs.
     """
@@ -65,8 +65,8 @@ def paired_difference(
       normal (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69);
     - fewer, but three: Student's t, mean ± t · s/√n, exact for normal differences, which is the least that must be assumed of so
       few;
-    - one or two: none. Accuracies are counts, so that two differences may well agree, and an interval without width would
-      exclude 0 by chance alone.
+    - one or two, or any number that are all equal: none. Accuracies are counts, so that differences may well agree, and an
+      interval without width would exclude 0 by chance alone.
 
     Args:
         differences: domain → a difference for each seed; every domain has one at least. Domains weigh alike.
@@ -85,7 +85,7 @@ def paired_difference(
         units = np.concatenate([values * (pairs / (len(values) * len(by_domain))) for values in by_domain])
         unit = "pairs"
     mean, count = float(means.mean()), len(units)
-    if count < _FEWEST_UNITS:
+    if count < _FEWEST_UNITS or np.ptp(units) < 1e-12:
         return Difference(mean, None, None, "", pairs)
     quantile = student_quantile((1 + confidence) / 2, count - 1)
     if count < least:
