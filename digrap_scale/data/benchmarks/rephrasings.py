@@ -3,7 +3,9 @@
 Files (facebookresearch.github.io/VQA-Rephrasings): ``v2_OpenEnded_mscoco_valrep2014_humans_og_questions.json`` and
 ``v2_mscoco_valrep2014_humans_og_annotations.json``, shaped as VQA v2 (see ``vqa_json.py``), images of COCO val2014. "og":
 the original questions are in the files, too; a rephrasing has ``rephrasing_of``, the original's question id, and an id of
-its own (ten times that plus 0 to 3). Originals are left out (VQA v2's own validation set is the ID set), unless
+its own: ten times that plus 0 to 3. Such an id can also be that of another image's original (a question's id is a thousand
+times its image's plus a count: 730000 is the first of image 730, and a rephrasing of image 73's first), so only question and
+image together name a sample. Originals are left out (VQA v2's own validation set is the ID set), unless
 ``vqa-rephrasings-og`` is asked for: published figures are often over the whole file.
 Tested on small files written to this format, not on the benchmark's own.
 """
@@ -23,12 +25,15 @@ def _read(sources: Sources, originals: bool) -> Iterator[Item | Problem]:
     annotations = Table.read(sources.annotations, "annotations")
 
     def make(question: dict[str, Any], annotation: dict[str, Any], where: str) -> Item:
-        item = vqa_item(question, annotation, where, coco_images("val2014", field(question, "image_id", int, where)))
+        image = field(question, "image_id", int, where)
+        key = f"{question['question_id']}-{image}"
+        item = vqa_item(question, annotation, where, coco_images("val2014", image), key=key)
+        item.meta["image_id"] = image
         if "rephrasing_of" in question:
             item.meta["rephrasing_of"] = question["rephrasing_of"]
         return item
 
-    pairs = joined(questions, annotations)
+    pairs = joined(questions, annotations, ids=("question_id", "image_id"))
     wanted = (one for one in pairs if isinstance(one, Problem) or originals or "rephrasing_of" in one[0])
     yield from items(wanted, make)
 

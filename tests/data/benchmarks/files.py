@@ -140,17 +140,21 @@ def causal(folder: Path) -> Files:
 
 
 def rephrasings(folder: Path) -> Files:
+    """The ids of image 73's rephrasings begin at 730000, which is also the id of image 730's original question."""
     files = Files(folder)
-    original = question(262284000, "What is it?")
-    asked = [original, *(question(2622840000 + i, f"Say what it is ({i})", rephrasing_of=262284000) for i in range(3))]
+    asked: list[dict[str, Any]] = []
+    for image in (73, 730):
+        first = 1000 * image
+        asked.append(question(first, f"What is {image}?", image))
+        asked += [question(10 * first + i, f"Say what {image} is ({i})", image, rephrasing_of=first) for i in range(3)]
+        files.image(f"val2014/COCO_val2014_{image:012d}.jpg", picture({73: "red", 730: "blue"}[image]))
     files.write(
         "questions",
         "v2_OpenEnded_mscoco_valrep2014_humans_og_questions.json",
         {"data_subtype": "val2014", "questions": asked},
     )
-    told = [annotation(one["question_id"], ["dog"] * 10) for one in asked]
+    told = [annotation(one["question_id"], [f"dog {one['image_id']}"] * 10, one["image_id"]) for one in reversed(asked)]
     files.write("annotations", "v2_mscoco_valrep2014_humans_og_annotations.json", {"annotations": told})
-    files.image("val2014/COCO_val2014_000000262284.jpg")
     return files
 
 

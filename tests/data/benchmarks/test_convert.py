@@ -41,11 +41,6 @@ EXPECTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
                                 "image_id": image})
         for image, count in (("000000262284_000000000018", "1"), ("000000262284_000000000044", "1"), (IMAGE, "2"))
     ],
-    "vqa-rephrasings": [
-        (f"262284000{i}", {"question": f"Say what it is ({i})", "question_id": 2622840000 + i, "answers": TEN,
-                           "question_type": "what", "answer_type": "other", "rephrasing_of": 262284000})
-        for i in range(3)
-    ],
     "vqa-cp-v2": [
         (str(i), {"question": "What?", "question_id": i, "answers": TEN, "question_type": "what",
                   "answer_type": "other"})
@@ -78,7 +73,16 @@ EXPECTED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }  # fmt: skip
 EXPECTED["cv-vqa"] = EXPECTED["iv-vqa"]
-EXPECTED["vqa-rephrasings-og"] = [EXPECTED["vqav2"][0], *EXPECTED["vqa-rephrasings"]]
+EXPECTED["vqa-rephrasings-og"] = [
+    (f"{identity}-{image}", {"question": text, "question_id": identity, "answers": [f"dog {image}"] * 10,
+                             "question_type": "what", "answer_type": "other", "image_id": image, **more})
+    for image, first, again in ((73, 73000, 730000), (730, 730000, 7300000))
+    for identity, text, more in (
+        (first, f"What is {image}?", {}),
+        *((again + i, f"Say what {image} is ({i})", {"rephrasing_of": first}) for i in range(3)),
+    )
+]  # fmt: skip
+EXPECTED["vqa-rephrasings"] = [one for one in EXPECTED["vqa-rephrasings-og"] if "rephrasing_of" in one[1]]
 EXPECTED["vqa-ce"] = [EXPECTED["vqav2"][0], EXPECTED["vqav2"][2]]
 
 
@@ -114,6 +118,16 @@ def test_images_belong_to_their_questions(tmp_path: Path) -> None:
     assert [path.name for path in sorted(out.iterdir())] == ["val-000000.tar", "val.manifest.json", "val.offsets.npy"]
     colours = [image.getpixel((5, 5)) for _, _, image in read(out)]
     assert [max(range(3), key=lambda i: colour[i]) for colour in colours] == [0, 0, 2]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["vqa-rephrasings", "vqa-rephrasings-og"])
+def test_a_rephrasing_keeps_its_image_where_its_id_is_anothers(name: str, tmp_path: Path) -> None:
+    _, out = run(name, WRITERS[name](tmp_path))
+    found = read(out)
+    assert len({key for key, _, _ in found}) == len(found)
+    for _, meta, image in found:
+        red, _, blue = image.getpixel((5, 5))  # type: ignore[misc]
+        assert (red > blue) == (meta["image_id"] == 73)
 
 
 def test_large_images_are_shrunk(tmp_path: Path) -> None:
