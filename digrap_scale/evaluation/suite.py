@@ -99,8 +99,11 @@ class SuiteResult:
         return self.mean("near", "far")
 
     def with_shift_degrees(self, degrees: ShiftDegrees) -> SuiteResult:
-        """The same with the degree of shift of each set."""
-        sets = {name: replace(one, shift_degree=degrees.of[name]) for name, one in self.sets.items()}
+        """The same with the degree of shift of each test set; what is withheld to select by has none."""
+        sets = {
+            name: one if one.shift == "validation" else replace(one, shift_degree=degrees.of[name])
+            for name, one in self.sets.items()
+        }
         return SuiteResult(sets, [*self.notes, *degrees.notes])
 
     @property

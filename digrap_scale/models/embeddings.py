@@ -4,8 +4,9 @@ One entry a kind of model. All of them call the wrapped model at its root and lo
 sharded models gather their weights as they always do. Vectors are float32, [B, E].
 
 - Generative: ``vision`` is the mean of the first hidden states at the image's tokens (the tower's features after the
-  projector), ``question`` the mean of those at all other tokens (the text's input embeddings, which have seen no image),
-  ``joint`` the mean of the last hidden states over all tokens. So do the paper's authors, with PaliGemma.
+  projector), ``question`` the mean of those at the tokens of words (the text's input embeddings, which have seen no image;
+  what stands around images and tiles, whose number goes with an image's size, is not among them), ``joint`` the mean of the
+  last hidden states over all tokens. So do the paper's authors, with PaliGemma.
 - Classification: ``vision`` is what the classifier is given (Lee et al. 2018, arXiv 1807.03888).
 - Contrastive: ``vision`` is the image's embedding; ``joint`` is that and its label's text embedding, one after the other.
 """
@@ -26,22 +27,26 @@ from digrap_scale.types import Batch
 # name → ([B, E] vectors, [B] which of them count: no padding, and the sample has that part).
 Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Embed = Callable[[Any, Batch], Embeddings]
+# Token ids [B, T] → bool [B, T], which of them are words: see ``Family.is_text``.
+IsText = Callable[[torch.Tensor], torch.Tensor]
 
 
-def build_embed(task: str, module: nn.Module) -> Embed:
+def build_embed(task: str, module: nn.Module, is_text: IsText | None = None) -> Embed:
     """``embed(model, batch)`` for a model of ``model.task``.
 
     Args:
         task: the config's ``model.task``.
         module: the model itself; ``embed`` is called with the wrapped one.
+        is_text: of a generative model, which tokens are words of the question; None: all but the image's.
 
     Raises:
         ConfigError: nothing to take embeddings from in such a model.
     """
-    return EMBED[task](module.get_base_model() if hasattr(module, "get_base_model") else module)  # type: ignore[operator]
+    base: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    return EMBED[task](base, is_text)
 
 
-def _classification(module: nn.Module) -> Embed:
+def _classification(module: nn.Module, _: IsText | None) -> Embed:
     head = getattr(module, "classifier", None)
     if not isinstance(head, nn.Module):
         raise ConfigError(
@@ -60,7 +65,7 @@ def _classification(module: nn.Module) -> Embed:
     return embed
 
 
-def _contrastive(_: nn.Module) -> Embed:
+def _contrastive(_: nn.Module, __: IsText | None) -> Embed:
     def embed(model: Any, batch: Batch) -> Embeddings:
         output = model(**batch.inputs)
         real_B = _real(batch)
@@ -72,7 +77,7 @@ def _contrastive(_: nn.Module) -> Embed:
     return embed
 
 
-def _generative(module: nn.Module) -> Embed:
+def _generative(module: nn.Module, is_text: IsText | None) -> Embed:
     token = getattr(module.config, "image_token_id", None)
     if token is None:
         raise ConfigError(
@@ -86,6 +91,9 @@ def _generative(module: nn.Module) -> Embed:
         ids_BT = batch.inputs["input_ids"][:rows]
         token_BT = batch.inputs["attention_mask"][:rows].bool()
         image_BT = token_BT & (ids_BT == token)
+        words_BT = token_BT & ~image_BT
+        if is_text is not None:
+            words_BT &= is_text(ids_BT)
         first_BTE, last_BTE = states[0][:rows].float(), states[-1][:rows].float()
 
         def mean(states_BTE: torch.Tensor, of_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +103,7 @@ def _generative(module: nn.Module) -> Embed:
 
         return {
             "vision": mean(first_BTE, image_BT),
-            "question": mean(first_BTE, token_BT & ~image_BT),
+            "question": mean(first_BTE, words_BT),
             "joint": mean(last_BTE, token_BT),
         }
 
@@ -108,7 +116,7 @@ def _real(batch: Batch) -> torch.Tensor:
     return batch.labels != -1
 
 
-EMBED: dict[str, Callable[[nn.Module], Embed]] = {
+EMBED: dict[str, Callable[[nn.Module, IsText | None], Embed]] = {
     "classification": _classification,
     "contrastive": _contrastive,
     "vqa": _generative,

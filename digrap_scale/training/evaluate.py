@@ -14,6 +14,7 @@ from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.hold_out import join
 from digrap_scale.data.loader import build_evaluation_loader
 from digrap_scale.data.shards import ShardSet
+from digrap_scale.data.tasks.vqa import VqaTask
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.shift import ShiftDegrees, measure_shift
@@ -88,8 +89,9 @@ def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[
     """How far each test set is from the training set, with the run's weights as they are. Collective."""
     training = _loader(run, config, here, _shift_shards(config, here.on_rank_0))
     model = run.engine.model
+    is_text = run.task.encoder.is_text if isinstance(run.task, VqaTask) else None
     with evaluation_mode(model):
-        embed = build_embed(config.model.task, run.engine.module)
+        embed = build_embed(config.model.task, run.engine.module, is_text)
         return measure_shift(model, embed, training, loaders, device=here.device, reduce_=here.sum_)
 
 

@@ -84,6 +84,22 @@ def test_one_command(values: dict[str, Any], tmp_path: Path, capsys: pytest.Capt
     assert "d question" in (folder / "results.md").read_text() and (folder / "shift.png").is_file()
 
 
+def test_what_is_withheld_has_no_degree(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["data"]["hold_out"] = {"fraction": 0.4, "seed": 1}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["evaluate", str(file)]) == 0, capsys.readouterr().err
+    folder = tmp_path / "run" / "evaluation"
+    result = json.loads((folder / "results.json").read_text())["rows"][0]["result"]
+    validation = result["sets"].pop("validation")
+    assert 0 < validation["samples"] < len(COLOURS) and validation["shift_degree"] == {}
+    assert all(set(one["shift_degree"]) == {"vision", "question", "joint"} for one in result["sets"].values())
+    assert {one["sets"] for one in result["shift_correlations"].values()} == {3}
+    assert "withheld from training" in (folder / "results.md").read_text() and (folder / "shift.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -77,6 +77,7 @@ class Family:
         self.tokenizer = processor.tokenizer
         self.limit = limit
         self._blank_tokens: int | None = None
+        self._text_ids: dict[int, bool] = {}
         self.check()
         self.pad_id: int = self.tokenizer.pad_token_id
         if self.pad_id is None:
@@ -251,6 +252,25 @@ class Family:
             for row in rows
         ]
         return torch.tensor(labels, dtype=torch.int64)
+
+    def is_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens are words: bool, shaped as ``ids`` (int64).
+
+        Not: the tokenizer's special tokens (images, tiles and what stands around them, turns, ends), and white space alone,
+        which processors put between tiles. A token for unknown words is one, unless it has another part as well.
+        """
+        tokenizer = self.tokenizer
+        found = ids.unique().tolist()
+        new = [one for one in found if one not in self._text_ids]
+        if new:
+            special = {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
+            special |= set(tokenizer.all_special_ids)
+            if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+                special.discard(tokenizer.unk_token_id)
+            for one in new:
+                self._text_ids[one] = one not in special and bool(tokenizer.decode([one]).strip())
+        words = torch.tensor([one for one in found if self._text_ids[one]], dtype=ids.dtype, device=ids.device)
+        return torch.isin(ids, words)
 
     def decode(self, ids_BT: torch.Tensor) -> list[str]:
         """Generated ids → texts, without special tokens and outer spaces."""
