@@ -20,7 +20,10 @@ from digrap_scale.evaluation.strength import StrengthHistory
 from digrap_scale.evaluation.suite import SuiteResult
 
 FORMAT_VERSION = 1
-ACCURACY_NOTE = "Accuracy in percent, ± binomial standard error of the test set; means are plain means over sets."
+ACCURACY_NOTE = (
+    "Accuracy in percent, ± standard error of the test set, √(variance of its samples' scores ÷ samples); means are plain "
+    "means over sets."
+)
 _FILE_WIDTH = 140
 
 

@@ -1,9 +1,10 @@
 """VQA accuracy, and the normalisation of answers that comes before it.
 
-Source: Antol et al. 2015, arXiv 1505.00468, and the evaluation that visualqa.org describes for VQA v2 (lower case, no
-articles, no punctuation, digits for number words, apostrophes put back). One difference: there, answers are normalised
-only where annotators differ, and the annotators' own keep their number words and articles; here both sides are always
-normalised alike, so that "Two." is the answer "2" whoever says it.
+Source: Antol et al. 2015, arXiv 1505.00468, and VQA v2's own evaluation (github.com/GT-Vision-Lab/VQA, ``vqaEval.py``), as
+it is since March 2021 (commit a013f00): where annotators differ, their answers and the model's are normalised (lower
+case, no articles, no punctuation, digits for number words, apostrophes put back); where all of them say the same, the
+texts are compared as they are. Until then it normalised the model's answer always, and of the annotators' (where they
+differ) nothing but the punctuation: older figures, and tools that copied it, give less for "two" or "the bus".
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what'
 who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
 you'd've you'll you're you've
 """.split()
-# Each with one of its apostrophes left out.
+# Each with one of its apostrophes left out; and the one that the official table has the other way round.
 _CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _WITH_APOSTROPHE
     for place, letter in enumerate(word)
     if letter == "'"
-}
+} | {"somebody'd": "somebodyd"}
 
 
 @lru_cache(maxsize=1 << 16)
@@ -51,7 +52,7 @@ def normalise_answer(text: str) -> str:
     A punctuation mark vanishes where it touches a space (or the answer has a comma between digits), and is a space between
     letters; a period vanishes unless a digit follows.
     """
-    text = " ".join(text.split())
+    text = _plain(text)
     number = _COMMA_IN_NUMBER.search(text) is not None
     plain = text
     for mark in _PUNCTUATION:
@@ -61,11 +62,16 @@ def normalise_answer(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def _plain(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """How right an answer is, in [0, 1].
 
-    Of N annotators: the mean over the N ways to leave one out of min(answers like the prediction among the others / 3, 1).
-    Of one answer, or of fewer than four (too few for a full mark): 1 if the prediction is one of them, else 0.
+    Of N annotators: the mean over the N ways to leave one out of min(answers like the prediction among the others / 3, 1);
+    normalised, unless all N are the same text. Of one answer, or of fewer than four (too few for a full mark): 1 if the
+    prediction is one of them, normalised, else 0.
 
     Args:
         prediction: the model's text.
@@ -76,8 +82,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """
     if not answers:
         raise ValueError("no answers to compare with; expected one or more")
-    given = normalise_answer(prediction)
-    same = [normalise_answer(answer) == given for answer in answers]
+    unanimous = len({_plain(answer) for answer in answers}) == 1
+    compared = _plain if unanimous and len(answers) >= MIN_ANNOTATORS else normalise_answer
+    given = compared(prediction)
+    same = [compared(answer) == given for answer in answers]
     if len(answers) < MIN_ANNOTATORS:
         return float(any(same))
     marks = sum(same)

@@ -100,7 +100,11 @@ def test_markdown_states_what_it_shows():
     assert "| zero-shot | 25.0 ± 3.4 | 50.0 ± 4.0 |" in text
     assert "| FT (lr 2e-3) |" in text and "| a\\|b |" in text
     assert "- Learning rate 2e-3, seeds 0, 1, 2." in text
-    assert "160 in each test set" in text and "± binomial standard error" in text
+    assert (
+        "160 in each test set" in text
+        and "√(variance of its samples' scores ÷ samples)" in text
+        and "binomial" not in text
+    )
     assert "![results](results.png)" in text
     widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {9}

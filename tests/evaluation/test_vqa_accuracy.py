@@ -47,6 +47,7 @@ from digrap_scale.evaluation.vqa_accuracy import normalise_answer, vqa_accuracy
         ("well", "well"),
         ("its", "its"),
         ("don't", "don't"),
+        ("somebody'd", "somebodyd"),  # so it stands in the official table
         ("", ""),
     ],
 )
@@ -68,15 +69,42 @@ def test_normalisation(text: str, expected: str) -> None:
 )
 def test_ten_annotators(times: int, expected: float) -> None:
     answers = ["Red."] * times + [f"other {i}" for i in range(10 - times)]
-    assert vqa_accuracy("the red", answers) == pytest.approx(expected, abs=1e-12)
+    assert vqa_accuracy("Red.", answers) == pytest.approx(expected, abs=1e-12)
     # The familiar form of it: min(3 k / 10, 1).
     assert expected == pytest.approx(min(0.3 * times, 1.0), abs=1e-12)
+
+
+# prediction, ten annotators' answers, score: each worked out by VQA v2's own vqaEval.py (a013f00). Where it says so, the
+# script gave something else until March 2021: only the model's answer lost its articles and number words.
+OFFICIAL = [
+    ("two", ["two"] * 9 + ["2"], 1.0),  # 0.3
+    ("2", ["two"] * 9 + ["2"], 1.0),  # 0.3
+    ("bus", ["the bus"] * 9 + ["car"], 1.0),  # 0
+    ("the bus", ["the bus"] * 9 + ["car"], 1.0),  # 0
+    ("yes", ["Yes."] * 9 + ["no"], 1.0),  # 0
+    ("black white", ["black/white"] * 2 + ["grey"] * 8, 0.6),
+    ("dont know", ["don't know"] * 3 + ["no"] * 7, 0.9),
+    # All say the same: compared as they are.
+    ("two", ["two"] * 10, 1.0),  # 0
+    ("2", ["two"] * 10, 0.0),
+    ("the bus", ["the bus"] * 10, 1.0),  # 0
+    ("Yes", ["yes"] * 10, 0.0),  # 1
+    ("yes.", ["yes"] * 10, 0.0),  # 1
+    ("yes\n", [" yes"] * 5 + ["yes\t"] * 5, 1.0),  # 0
+    ("black/white", ["black/white"] * 10, 1.0),  # 0
+]
+
+
+@pytest.mark.parametrize(("prediction", "answers", "expected"), OFFICIAL)
+def test_as_the_official_script(prediction: str, answers: list[str], expected: float) -> None:
+    assert vqa_accuracy(prediction, answers) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("prediction", "answers", "expected"),
     [
         ("Two", ["2"], 1.0),
+        ("Two.", ["the 2", "the 2"], 1.0),  # fewer than four: normalised, whether they agree or not
         ("3", ["2"], 0.0),
         ("a red  car", ["the red car"], 1.0),
         ("", ["2"], 0.0),

@@ -73,7 +73,10 @@ def test_a_question_does_not_see_how_large_its_image_is(kind: str, tmp_path: Pat
     for other in vectors[1:]:
         torch.testing.assert_close(other, vectors[0], rtol=1e-3, atol=1e-5)
     if kind in ("idefics3", "smolvlm"):  # it would without: what is around the images differs
-        around = [set(family.encode(SHORT, [one]).tokens["input_ids"]) - {family.processor.image_token_id} for one in (RED, WIDE)]
+        around = [
+            set(family.encode(SHORT, [one]).tokens["input_ids"]) - {family.processor.image_token_id}
+            for one in (RED, WIDE)
+        ]
         assert around[0] != around[1]
         words = [set(torch.tensor(sorted(one))[family.is_text(torch.tensor(sorted(one)))].tolist()) for one in around]
         assert words[0] == words[1] and words[0]
