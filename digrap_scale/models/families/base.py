@@ -101,12 +101,24 @@ class Family:
         return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
 
     def turn(self) -> tuple[str, str]:
-        """What stands between prompt and answer, and the token that ends an answer, as the chat template has them."""
+        """What stands between prompt and answer, and the token that ends an answer, as the chat template has them.
+
+        Where the template begins a turn that holds an answer otherwise than one that is to be generated (LLaVA-OneVision: a
+        space more), answers follow on the latter directly. The end is the first special token behind an answer, or, should
+        the template put none there (LLaVA-1.5), the tokenizer's ``eos_token``.
+
+        Raises:
+            ConfigError: the template leaves answers out.
+        """
         prompt = self.prompt("?", 0)
         whole = self._rendered([self._asked("?", 0), {"role": "assistant", "content": [_text(_MARK)]}], False)
-        if not whole.startswith(prompt) or _MARK not in whole:
-            return "", self.tokenizer.eos_token  # the template has no turns of its own for answers
-        before, _, after = whole[len(prompt) :].partition(_MARK)
+        head, mark, after = whole.partition(_MARK)
+        if not mark:
+            raise ConfigError(
+                f"model.path: the chat template writes no text of an assistant's turn, found {whole!r}; "
+                "training needs one that does: correct chat_template.jinja"
+            )
+        before = head.removeprefix(prompt) if head.startswith(prompt) else ""
         special = [token for token in self.tokenizer.all_special_tokens if token and token in after]
         return before, min(special, key=after.index) if special else self.tokenizer.eos_token
 
