@@ -15,6 +15,7 @@ from digrap_scale.planning.weights import read_model
 from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.sharding.deepspeed_json import json_problems
 from digrap_scale.training.batches import count_steps, describe_data, open_training_data
+from digrap_scale.training.class_answers import class_answer_problems
 from digrap_scale.training.trackers import missing_trackers
 
 
@@ -57,6 +58,7 @@ def find_problems(config: Config) -> list[str]:
     return (
         problems
         + check_model(config, num_classes)
+        + class_answer_problems(config)
         + _check_reference(config)
         + json_problems(config)
         + missing_trackers(config)

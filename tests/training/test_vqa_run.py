@@ -125,3 +125,30 @@ def test_classification_as_vqa(values: dict[str, Any], tmp_path: Path) -> None:
     assert main(["evaluate", file, "--weights", str(run / "final"), "evaluation.class_answers=generate"]) == 0
     generated = result(run / "evaluation" / "results.json")["sets"]["same"]
     assert generated["samples"] == 6 and set(generated["class_accuracy"]) == set(colours)
+
+
+def test_class_names_that_cannot_be_answers(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told where answers are generated and measured, and only there."""
+    members = sample_members("s0", {"label": "cat"}, encoded((255, 0, 0), size=16))
+    shard = str(raw_tar(tmp_path / "classes-000000.tar", members))
+    (tmp_path / "classes.json").write_text(json.dumps(["cat", "two", "a red fire engine", "the Cat.", "2", "?"]))
+    values["data"] = {"train": [shard], "classes": str(tmp_path / "classes.json")}
+    values["model"]["task"] = "classification-as-vqa"
+    values["evaluation"]["suite"][0]["shards"] = [shard]
+    file = write(tmp_path, values)
+    alike = [
+        "data.classes: 'cat' and 'the Cat.' are both 'cat'",
+        "'two' and '2' are both '2'",
+        "data.classes: '?' is nothing",
+    ]
+    long = "the class 'a red fire engine' has 4 tokens, found 3, so no generated answer could be right; set it to 4"
+    assert main(["validate", file]) == 2
+    told = capsys.readouterr().err
+    assert all(line in told for line in [*alike, long]) and len(told.strip().splitlines()) >= 4
+    assert main(["validate", file, "evaluation.generation.max_new_tokens=4"]) == 2
+    told = capsys.readouterr().err
+    assert all(line in told for line in alike) and long not in told
+    assert main(["validate", file, "evaluation.class_answers=likelihood"]) == 0
+    assert main(["validate", file, "evaluation.suite=[]"]) == 0
