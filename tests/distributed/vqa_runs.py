@@ -17,6 +17,7 @@ from digrap_scale.data.splitting import Span
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.suite import evaluation_mode
 from digrap_scale.training.build_run import attach_projector, build_run
+from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.final import save_final
 from digrap_scale.training.loop import accumulate, prepared
 from digrap_scale.training.setup import Place
@@ -126,3 +127,24 @@ def run_all_vqa(configs: dict[str, Config]) -> dict[str, Any]:
 
 def merged_answers(results: Sequence[dict[str, Any]], name: str) -> dict[str, list[int]]:
     return {key: ids for rank in results for key, ids in rank[name]["answers"].items()}
+
+
+def evaluate_all(configs: dict[str, Config]) -> dict[str, Any]:
+    """Name → the suite's scores as this rank has them, and the texts that this rank's samples got."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    here = Place(rank, ranks, torch.device("cpu"))
+    found = {}
+    for name, config in configs.items():
+        run = build_run(config, here)
+        task: Any = run.task
+        told: dict[str, str] = {}
+        predict = task.predict
+
+        def predict_and_tell(generate: Any, batch: Any, predict: Any = predict, told: Any = told) -> list[str]:
+            texts: list[str] = predict(generate, batch)
+            told.update(zip(batch.keys, texts, strict=False))
+            return texts
+
+        task.predict = predict_and_tell
+        found[name] = {"suite": evaluate_run(run, config, here).to_dict(), "told": told}
+    return found
