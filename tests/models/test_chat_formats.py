@@ -47,6 +47,18 @@ def test_published_format(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert ids[-len(together) :] == together
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_words_do_not_change_with_the_images_size(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = published(kind, tmp_path, monkeypatch)
+
+    def words(size: tuple[int, int]) -> str:
+        ids = torch.tensor(family.encode(QUESTION, [IMAGE.resize(size)]).tokens["input_ids"])
+        return str(family.tokenizer.decode(ids[family.is_text(ids)]))
+
+    assert words((20, 20)) == words((60, 20)) == words((9, 40))
+    assert QUESTION in words((20, 20)) and "<" not in words((20, 20))
+
+
 def test_an_answer_that_would_run_into_its_prompt_stands_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

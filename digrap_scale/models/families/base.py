@@ -71,7 +71,7 @@ class Family:
             limit: the most tokens that the model has positions for; None if it does not say.
 
         Raises:
-            ConfigError: no chat template, or no padding or end token.
+            ConfigError: no chat template, or one that leaves answers out; no padding or end token.
         """
         self.processor = processor
         self.tokenizer = processor.tokenizer
