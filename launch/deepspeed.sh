@@ -13,4 +13,19 @@ alone=()
 if [ -n "$NODE_RANK" ]; then
   alone=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$HEAD")
 fi
-exec deepspeed --hostfile "$HOSTFILE" --master_port "$PORT" "${alone[@]}" --module digrap_scale train "$config" sharding.backend=zero3 "$@"
+command=(deepspeed --hostfile "$HOSTFILE" --master_port "$PORT" "${alone[@]}" --module digrap_scale train "$config" sharding.backend=zero3 "$@")
+if [ -z "$NODE_RANK" ]; then
+  exec "${command[@]}"
+fi
+# deepspeed passes SIGTERM on to nobody, and its launch.py, which does, kills after 30 s. So this node's ranks, the children of
+# launch.py, are asked themselves: they save and leave, and the launcher after them.
+"${command[@]}" &
+runner=$!
+trap 'pkill -TERM -P "$(pgrep -d , -P "$runner")"' TERM
+status=0
+wait "$runner" || status=$?
+while kill -0 "$runner" 2>/dev/null; do
+  status=0
+  wait "$runner" || status=$?
+done
+exit "$status"

@@ -6,5 +6,7 @@ set -euo pipefail
 : "${NODES:=1}" "${PROCESSES_PER_NODE:=gpu}" "${HEAD:=localhost}" "${PORT:=29500}" "${RESTARTS:=0}"
 # A store of its own for every start: in one that is kept, a rank may find the address of a process that is gone.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Asked to stop (SIGTERM), torchrun passes it on, and kills after so many seconds what has not saved and left by then.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 exec torchrun --nnodes "$NODES" --nproc-per-node "$PROCESSES_PER_NODE" --max-restarts "$RESTARTS" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" -m digrap_scale train "$@"

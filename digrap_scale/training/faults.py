@@ -88,6 +88,10 @@ class Nobody:
         """Nothing can be said of others."""
         return "no other process is known"
 
+    def failed(self) -> str | None:
+        """Nobody else could have failed."""
+        return None
+
     def close(self, error: BaseException | None = None) -> None:
         """Nothing to leave."""
 
@@ -150,6 +154,12 @@ class Watch(Nobody):
             self._store.set(f"beat/{self._rank}", last)
         if alone and self._rank == 0 and not self._collectives_raise:
             time.sleep(2 * self._period_s)  # the store goes with this process: the others are to read it first
+
+    def failed(self) -> str | None:
+        """The line that names the ranks that said they failed, if there are any; one look into the store."""
+        self._exchange()
+        ranks = [rank for rank, seen in self._seen.items() if rank != self._rank and _failed(seen.beat) is not None]
+        return f"{self._names(ranks)}; rank {self._rank} was ended for it" if ranks else None
 
     def diagnosis(self) -> str:
         """Which rank is silent or behind, in which step, and what this one waited for. Takes up to four periods.

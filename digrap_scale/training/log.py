@@ -6,10 +6,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,12 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from digrap_scale.checkpoint.atomic import save_error, write_file
-from digrap_scale.errors import DigrapError, PeerError, Preempted, SaveError
+from digrap_scale.checkpoint.atomic import save_error
+from digrap_scale.errors import PeerError, SaveError
 from digrap_scale.evaluation.layers import LAYERS_FILE, encode_layers
 from digrap_scale.evaluation.strength import STRENGTH_FILE, encode_names, encode_row, read_lines, read_strength
 from digrap_scale.projector.layers import LayerSnapshot
 from digrap_scale.training.appender import Appender, trim
+from digrap_scale.training.status import STATUS_FILE, State, now, one_line, outcome_of, read_status, write_status
 from digrap_scale.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ __all__ = ["METRICS", "METRICS_FILE", "STATUS_FILE", "RunLog", "read_metrics", "
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "strength_mean", "conflict_rate", "samples_per_second")
 METRICS_FILE = "metrics.jsonl"
 MESSAGES_FILE = "messages.log"
-STATUS_FILE = "status.json"
 _STATUS_PERIOD_S = 10.0
-_EXIT_FAILED = 1
-_EXIT_INTERRUPTED = 130
-
-State = Literal["running", "done", "failed", "preempted"]
 
 
 class RunLog:
@@ -108,7 +103,7 @@ class RunLog:
         self._board: SummaryWriter | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._started = _now()
+        self._started = now()
         self._status_clock = self._line_clock = time.monotonic()
         self._samples = self._skipped = 0
 
@@ -147,7 +142,7 @@ class RunLog:
             for close in (self._metrics, self._strength, self._layers, self._board)
             if close is not None and (failure := self._try(close.close)) is not None
         ]
-        outcome = _outcome(error or (failures[0] if failures else None))
+        outcome = outcome_of(error or (failures[0] if failures else None))
         failure = self._try(lambda: self._write_status(*outcome))
         failures += [failure] if failure is not None else []
         if failures and error is None:
@@ -218,7 +213,7 @@ class RunLog:
         """
         if not self._writes or self._metrics is None:
             return
-        now = time.monotonic()
+        moment = time.monotonic()
         values = (
             step,
             loss,
@@ -226,12 +221,12 @@ class RunLog:
             grad_norm,
             strength_mean,
             conflict_rate,
-            self._samples / max(now - self._line_clock, 1e-9),
+            self._samples / max(moment - self._line_clock, 1e-9),
         )
         row: dict[str, Any] = {name: _finite(value) for name, value in zip(METRICS, values, strict=True)}
         row["skipped"] = self._skipped
         row.update(counters or {})
-        self._line_clock, self._samples, self._skipped = now, 0, 0
+        self._line_clock, self._samples, self._skipped = moment, 0, 0
         self._metrics.append(json.dumps(row) + "\n")
         numbers = {f"train/{name}": value for name, value in _numbers(row).items() if name != "step"}
         if self._board is not None:
@@ -246,7 +241,7 @@ class RunLog:
             self._print(
                 f"step {step}/{self._total_steps} · {shown} · lr {learning_rate:.3g} · conflicts {conflict_rate:.0%}"
             )
-        if now - self._status_clock >= _STATUS_PERIOD_S:
+        if moment - self._status_clock >= _STATUS_PERIOD_S:
             self._write_status("running")
 
     def strength(self, step: int, strength: Mapping[str, float]) -> None:
@@ -284,13 +279,13 @@ class RunLog:
         line = " ".join(text.split())
         try:
             with (self.folder / MESSAGES_FILE).open("a", encoding="utf-8") as file:
-                file.write(f"{_now()} step {self._step}: {line}\n")
+                file.write(f"{now()} step {self._step}: {line}\n")
         except OSError as error:
             raise save_error(self.folder / MESSAGES_FILE, error) from error
 
     def given_up(self, reason: str) -> None:
         """Say how the run ended where rank 0 can no longer do so; called on the lowest rank that lives."""
-        failure = self._try(lambda: self._write_status("failed", PeerError.exit_code, _one_line(reason)))
+        failure = self._try(lambda: self._write_status("failed", PeerError.exit_code, one_line(reason)))
         if failure is not None:
             self._print(f"also, {STATUS_FILE} could not be written: {failure}")
 
@@ -300,16 +295,15 @@ class RunLog:
 
     def _write_status(self, state: State, exit_code: int | None = None, reason: str = "") -> None:
         self._status_clock = time.monotonic()
-        status = {
-            "state": state,
-            "exit_code": exit_code,
-            "reason": reason,
-            "step": self._step,
-            "total_steps": self._total_steps,
-            "started": self._started,
-            "ended": None if state == "running" else _now(),
-        }
-        write_file(self.folder / STATUS_FILE, json.dumps(status, indent=2, ensure_ascii=False) + "\n")
+        write_status(
+            self.folder,
+            state,
+            exit_code,
+            reason,
+            step=self._step,
+            total_steps=self._total_steps,
+            started=self._started,
+        )
 
 
 def _progress(console: Console) -> Progress:
@@ -324,30 +318,6 @@ def _progress(console: Console) -> Progress:
         console=console,
         refresh_per_second=2,
     )
-
-
-def _outcome(error: BaseException | None) -> tuple[State, int, str]:
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else _EXIT_FAILED if error.code else 0
-        if code:
-            return "failed", code, f"exit code {code}"
-        error = None
-    if error is None:
-        return "done", 0, ""
-    if isinstance(error, KeyboardInterrupt):
-        return "failed", _EXIT_INTERRUPTED, "interrupted from the keyboard"
-    if isinstance(error, DigrapError):
-        state: State = "preempted" if isinstance(error, Preempted) else "failed"
-        return state, error.exit_code, _one_line(str(error))
-    return "failed", _EXIT_FAILED, _one_line(f"{type(error).__name__}: {error}")
-
-
-def _one_line(text: str, limit: int = 2000) -> str:
-    return " · ".join(part.strip() for part in text.splitlines() if part.strip())[:limit]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -372,9 +342,3 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         ConfigError: a whole line is not a JSON object.
     """
     return [line for _, line in read_lines(Path(folder) / METRICS_FILE)]
-
-
-def read_status(folder: str | Path) -> dict[str, Any] | None:
-    """A run's ``status.json``, or None before its first start."""
-    path = Path(folder) / STATUS_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -13,10 +17,10 @@ import yaml
 from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.atomic import write_file
 from digrap_scale.checkpoint.resume import AUTO, NEVER, find_checkpoint
-from digrap_scale.config import Config, dump_config
-from digrap_scale.errors import ConfigError
+from digrap_scale.config import Config, dump_config, parse_config
+from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.training.batches import training_patterns
-from digrap_scale.training.log import read_status
+from digrap_scale.training.status import DONE, STATUS_FILE, now, outcome_of, read_status, write_status
 from digrap_scale.training.validate import find_problems
 
 # What a run may change and still be the run that it was: where and how it computes, what it shows.
@@ -39,6 +43,8 @@ _FREE = (
     "reference.buffer_bytes",
 )
 _SUPERSEDED = "superseded"
+# How often torchrun and SLURM have started these processes again by themselves.
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass
@@ -48,53 +54,135 @@ class Start:
     Attributes:
         checkpoint: the folder that it goes on from, or None.
         notes: lines for the user.
+        replaces: the run's folder holds an earlier run, which goes.
+        restarted: the run had begun from the checkpoint that ``checkpoint.resume`` names, and goes on where it was.
+        done: a launcher repeats the command of a run that has come to its end.
     """
 
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
+    replaces: bool = False
+    restarted: bool = False
+    done: bool = False
 
 
-def prepare_folder(folder: Path, config: Config) -> Start:
-    """Rank 0's part before anything is built: find every problem, then make the run's folder, or keep it and go on.
+def find_start(folder: Path, config: Config) -> Start:
+    """Rank 0's part before anything is built: find every problem, and what the run goes on from. Nothing is changed.
 
     Raises:
         ConfigError: all problems, at once.
         CheckpointError: ``checkpoint.resume`` names no checkpoint.
     """
-    problems = find_problems(config)
-    resume = config.checkpoint.resume
+    resume, restart = config.checkpoint.resume, launcher_restart()
     try:
+        status = read_status(folder) or {}
+        if restart is not None and status.get("state") == DONE and _changed(folder / "config.yaml", config) == []:
+            return Start(done=True)
+        problems = find_problems(config)
         restarted = resume not in (AUTO, NEVER) and _is_restarted(folder, config)
-        start = Start(*find_checkpoint(folder, AUTO if restarted else resume))
+        start = Start(*find_checkpoint(folder, AUTO if restarted else resume), restarted=restarted)
         if restarted and start.checkpoint is None:
-            start = Start(*find_checkpoint(folder, resume))  # nothing was saved since it began there
-        # The table of an earlier `evaluate` may be there already.
-        earlier = folder.is_dir() and any(entry.name != "evaluation" for entry in folder.iterdir())
-        goes_on = restarted or (earlier and _goes_on(folder, config, start, problems))
+            start = Start(*find_checkpoint(folder, resume), restarted=True)  # nothing was saved since it began there
+        earlier = holds_a_run(folder)
         if folder.exists() and not folder.is_dir():
             problems.append(f"run.folder: {folder} is a file; expected a folder or nothing there")
-        elif goes_on:
+        elif not earlier or restarted or _goes_on(folder, config, start, problems):
             pass  # nothing to refuse, and nothing to remove
-        elif earlier and not config.run.overwrite:
+        elif not config.run.overwrite:
             problems.append(f"run.folder: {folder} holds an earlier run; set run.overwrite: true, or another folder")
-        elif earlier and (read_status(folder) or {}).get("total_steps") is None:
+        elif "total_steps" not in status:
             problems.append(f"run.folder: {folder} is not empty and holds no run of ours; choose another folder")
-        elif earlier:
+        elif restart is not None and (status["state"] == DONE or _has_checkpoints(folder)):
+            problems.append(
+                f"run.overwrite: {folder} holds a finished run or checkpoints, and a command that the launcher repeats "
+                f"({restart}) removes neither; start it anew yourself, or choose another folder"
+            )
+        else:
             problems += _inputs_inside(folder, config)
+            start.replaces = True
         refuse(problems)
-        if earlier and not goes_on:
-            shutil.rmtree(folder.resolve())
-            start = Start(None if resume == AUTO else start.checkpoint)  # auto's is gone with the rest
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume not in (AUTO, NEVER) and start.checkpoint is not None and not restarted:
-            start.notes += _set_aside(folder, start.checkpoint)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"run.folder: {folder} cannot be made ready ({error})") from error
-    if start.checkpoint is not None and resume != AUTO and not restarted:
-        changed = _changed(start.checkpoint / layout.CONFIG, config)
-        start.notes += [f"changed since {start.checkpoint.name}: {line}" for line in changed]
-    write_file(folder / "config.yaml", dump_config(config))
+        raise _not_ready(folder, error) from error
+    if start.replaces and resume == AUTO:
+        start.checkpoint = None  # it goes with the rest
     return start
+
+
+def make_folder(folder: Path, config: Config, start: Start) -> None:
+    """Rank 0's next part, when the checkpoint is found whole: make the run's folder, or keep it; adds to ``start.notes``.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    begins_there = start.checkpoint is not None and config.checkpoint.resume != AUTO and not start.restarted
+    try:
+        if start.replaces:
+            shutil.rmtree(folder.resolve())
+        folder.mkdir(parents=True, exist_ok=True)
+        if start.checkpoint is not None and begins_there:
+            start.notes += _set_aside(folder, start.checkpoint)
+            changed = _changed(start.checkpoint / layout.CONFIG, config)
+            start.notes += [f"changed since {start.checkpoint.name}: {line}" for line in changed]
+    except OSError as error:
+        raise _not_ready(folder, error) from error
+    write_file(folder / "config.yaml", dump_config(config))
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is more than the table of an earlier ``evaluate``, or how a start ended that came to nothing."""
+    return folder.is_dir() and any(entry.name not in ("evaluation", STATUS_FILE) for entry in folder.iterdir())
+
+
+def _may_tell(folder: Path, config: Config) -> bool:
+    """Whether how a start ended may be told there: not in place of a finished run's end, nor among files that are not ours."""
+    if folder.exists() and not folder.is_dir():
+        return False
+    try:
+        status = read_status(folder)
+    except (OSError, ValueError):
+        return False
+    if status is not None:
+        return status.get("state") != DONE
+    return not holds_a_run(folder) or _changed(folder / "config.yaml", config) == []
+
+
+@contextmanager
+def telling_early_end(config: Config, rank: int) -> Iterator[None]:
+    """What ends a run before its log is there is in its ``status.json``, too; a finished run's stays as it is."""
+    started = now()
+    try:
+        yield
+    except BaseException as error:
+        folder = Path(config.run.folder)
+        if rank == 0 and _may_tell(folder, config):
+            before = read_status(folder) or {}
+            try:
+                write_status(
+                    folder,
+                    *outcome_of(error),
+                    step=before.get("step", 0),
+                    total_steps=before.get("total_steps"),
+                    started=started,
+                )
+            except SaveError as failed:
+                print(f"also, {failed}", file=sys.stderr)  # the first error is what the user must read
+        raise
+
+
+def launcher_restart() -> str | None:
+    """``NAME=count`` where torchrun or SLURM repeats a command by itself; None where somebody started it."""
+    for name in _RESTART_COUNTS:
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"{name}={os.environ[name]}"
+    return None
+
+
+def _not_ready(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"run.folder: {folder} cannot be made ready ({error})")
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(layout.is_committed(path) for path in layout.found_steps(folder).values())
 
 
 def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) -> bool:
@@ -102,11 +190,16 @@ def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) ->
     own = start.checkpoint is not None and _is_inside(start.checkpoint, layout.checkpoints_folder(folder))
     if config.checkpoint.resume != AUTO:
         return own
-    if (read_status(folder) or {"state": "running"})["state"] == "done":
+    if (read_status(folder) or {"state": "running"})["state"] == DONE:
         return False
     if own and start.checkpoint is not None:
-        changed = _changed(start.checkpoint / layout.CONFIG, config)
-        if changed and config.run.overwrite:
+        if _damaged(start.checkpoint):
+            return (
+                True  # not to be compared, and never a reason to remove the others: whoever opens it says what is wrong
+            )
+        file = start.checkpoint / layout.CONFIG
+        changed = _changed(file, config)
+        if changed and config.run.overwrite and not changed[0].startswith(str(file)):
             return False
         if changed:
             problems.append(
@@ -118,10 +211,19 @@ def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) ->
     return config.checkpoint.every_steps is not None and _changed(folder / "config.yaml", config) == []
 
 
+def _damaged(checkpoint: Path) -> bool:
+    """Whether its config is not the one that was saved, or files are missing; no tensor is read."""
+    try:
+        files = layout.listed_files(checkpoint)
+        return layout.CONFIG not in files or bool(layout.check_content(checkpoint, files, [layout.CONFIG]))
+    except (CheckpointError, OSError):
+        return True
+
+
 def _is_restarted(folder: Path, config: Config) -> bool:
     """Whether the folder's run began from the checkpoint that ``checkpoint.resume`` names, by this same command, and has
     not ended: launchers and schedulers repeat commands, and what was done since must not be lost."""
-    if not (folder / "config.yaml").is_file() or (read_status(folder) or {"state": "running"})["state"] == "done":
+    if not (folder / "config.yaml").is_file() or (read_status(folder) or {"state": "running"})["state"] == DONE:
         return False
     lines = _all_changed(folder / "config.yaml", config)
     return not [line for line in lines if line.startswith("checkpoint.resume:") or not line.startswith(_FREE)]
@@ -152,11 +254,12 @@ def _changed(file: Path, config: Config) -> list[str]:
 
 
 def _all_changed(file: Path, config: Config) -> list[str]:
+    """A single line that begins with ``file`` where it cannot be read."""
     try:
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        return [f"{file} cannot be read ({error})"]
-    return differences(old, yaml.safe_load(dump_config(config)))
+        old = parse_config(file.read_text(encoding="utf-8"), file.name)  # keys that came since have their defaults
+    except (OSError, ValueError, ConfigError) as error:
+        return [f"{file} cannot be read ({str(error).splitlines()[0]})"]
+    return differences(yaml.safe_load(dump_config(old)), yaml.safe_load(dump_config(config)))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

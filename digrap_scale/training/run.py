@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.config import Config
 from digrap_scale.data.tasks.build import build_task
+from digrap_scale.errors import PeerError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.models.groups import build_groups, describe_groups
@@ -29,11 +31,12 @@ from digrap_scale.training.final import save_final
 from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
-from digrap_scale.training.prepare import prepare_folder
+from digrap_scale.training.prepare import find_start, make_folder, telling_early_end
 from digrap_scale.training.setup import (
     Place,
     choose_operators,
     collective_timeout_s,
+    launched_rank,
     limit_collectives,
     peer_errors,
     place,
@@ -54,21 +57,32 @@ def train(config: Config) -> None:
     """
     stop, watches = StopRequest(), ExitStack()
     choose_operators(config)
-    with stop.listening(), watches, place(config) as here:
+    with stop.listening(), watches, ExitStack() as job:
+        with telling_early_end(config, launched_rank()):
+            here = job.enter_context(place(config))
         _train(config, here, stop, watches)
 
 
 def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -> None:
     folder = Path(config.run.folder)
-    ranks = Ranks.of_job(collective_timeout_s(config))
-    preparing = Ranks.of_job(_PREPARATION_S)
-    start = preparing.on_first(lambda: prepare_folder(folder, config))
-    preparing.on_first(lambda: note_environment(folder, config, here.world_size))
-    checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, ranks)
-    data = open_training_data(config, preparing.on_first)
-    preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
-    here.same("training shards: samples of each", [source.shards.counts for source in data])
-    total_steps = count_steps(config, sum(source.shards.samples for source in data))
+    with telling_early_end(config, here.rank):
+        ranks = Ranks.of_job(collective_timeout_s(config))
+        preparing = Ranks.of_job(_PREPARATION_S)
+        start = preparing.on_first(lambda: find_start(folder, config))
+        if start.done:
+            if here.rank == 0:
+                print(
+                    f"{folder}: the run is done; a command that its launcher repeats finds nothing to do",
+                    file=sys.stderr,
+                )
+            return
+        checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, preparing)
+        preparing.on_first(lambda: make_folder(folder, config, start))
+        preparing.on_first(lambda: note_environment(folder, config, here.world_size))
+        data = open_training_data(config, preparing.on_first)
+        preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
+        here.same("training shards: samples of each", [source.shards.counts for source in data])
+        total_steps = count_steps(config, sum(source.shards.samples for source in data))
     start_step = 0 if checkpoint is None else checkpoint.step
     with (
         RunLog(
@@ -138,7 +152,11 @@ def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) ->
     try:
         yield watch
     except BaseException as error:
+        # A launcher that ends this process may do so since another one failed: that says more.
+        other = watch.failed() if isinstance(error, SystemExit) and error.code else None
         watch.close(error)
+        if other is not None:
+            raise PeerError(other) from error
         raise
     watch.close()
 

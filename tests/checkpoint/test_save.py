@@ -191,6 +191,7 @@ def flip(file: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit flip": (lambda f: flip(f / "dcp/__0_0.distcp"), "dcp/__0_0.distcp: its SHA-256 differs"),
     "bit flip in the state": (lambda f: flip(f / "state.json"), "state.json: its SHA-256 differs"),
+    "bit flip in the config": (lambda f: flip(f / "config.yaml"), "config.yaml: its SHA-256 differs"),
     "missing rank": (lambda f: (f / "dcp/__0_0.distcp").unlink(), "dcp/__0_0.distcp: missing"),
     "missing generators": (lambda f: (f / "rng/rank-0.safetensors").unlink(), "rng/rank-0.safetensors: missing"),
     "stale rank": (lambda f: (f / "dcp/__7_0.distcp").write_bytes(b"x"), "dcp/__7_0.distcp: not of this checkpoint"),

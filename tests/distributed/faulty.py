@@ -1,8 +1,9 @@
 """The command line with faults, for tests: ``python -m tests.distributed.faulty train …``.
 
 ``FAULT`` (JSON): {"rank": 1, "step": 3, "at": "forward and backward" | "optimizer step" | "data" | a phase of a save,
-"do": a signal's name}. Phases: "state" (the first file is there), "tensors", "generators", "checksums", "commit", "mark"
-(between COMMITTED and what follows), "removal" (of an older checkpoint). With "once", a file's name, it strikes once.
+"do": a signal's name, "raise", or "sleep" for so many "seconds"}. Phases: "state" (the first file is there), "tensors",
+"generators", "checksums", "commit", "mark" (between COMMITTED and what follows), "removal" (of an older checkpoint). "building"
+comes before step 1, in step 0. With "once", a file's name, it strikes once.
 
 ``CHAOS`` (JSON): {"kills": 50, "seed": 0, "noted": a file}: under ``torchrun --max-restarts``, a fault that is drawn anew
 at every start until so many have struck: SIGKILL on some rank, one to four steps after where it began.
@@ -16,12 +17,14 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from digrap_scale.checkpoint import layout, save
 from digrap_scale.cli import main
+from digrap_scale.training import run
 from digrap_scale.training.faults import Nobody, Watch
 
 PLACES = (
@@ -58,6 +61,10 @@ class Fault:
             with Path(fault["noted"]).open("a") as file:
                 start = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
                 file.write(f"start {start}: step {self.step}, rank {fault['rank']}, {at}\n")
+        if fault["do"] == "sleep":
+            return time.sleep(fault["seconds"])
+        if fault["do"] == "raise":
+            raise MemoryError("no room for 2 GiB")
         os.kill(os.getpid(), getattr(signal, fault["do"]))
 
 
@@ -85,6 +92,7 @@ def install(fault: Fault) -> None:
         fault.step = step
         fault.strike(doing)
 
+    around(run, "attach_projector", before=lambda *_: fault.strike("building"))
     around(Watch, "at", after=at)
     around(Nobody, "at", after=at)
     around(save, "write_file", after=lambda path, _: fault.strike("state") if path.name == layout.STATE else None)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,34 @@ def test_sigterm_of_one_rank_stops_all(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_torchrun_waits_for_a_long_save(model: Path, tmp_path: Path) -> None:
+    """SIGTERM to torchrun itself, which by default would kill after 30 s; `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` as launch/ sets it."""
+    file = tmp_path / "run.yaml"
+    training, sharding = {"steps": 5000}, {"reduce_timeout_s": 200}
+    file.write_text(yaml.safe_dump(short(model, tmp_path, training=training, sharding=sharding, checkpoint={})))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fault = {"rank": 1, "after": 0, "at": "generators", "do": "sleep", "seconds": 40}
+    environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "FAULT": json.dumps(fault)}
+    with (tmp_path / "output").open("w") as output:
+        job = subprocess.Popen(
+            [*command, "-m", "tests.distributed.faulty", "train", str(file)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+        while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < until:
+            time.sleep(0.2)
+        asked = time.monotonic()
+        job.terminate()
+        job.wait(timeout=300)
+    assert time.monotonic() - asked > 35
+    state, code, reason = status(tmp_path)
+    assert (state, code) == ("preempted", 75), (reason, (tmp_path / "output").read_text())
+    assert step_folder(tmp_path / "run", int(reason.split()[-1])).joinpath("COMMITTED").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "step"), [("optimizer step", 3), ("tensors", 4), ("commit", 4)])
 def test_sigterm_anywhere(
     at: str, step: int, model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
@@ -93,6 +122,16 @@ def test_sigterm_anywhere(
     saved = 3 if at == "optimizer step" else 5  # asked to stop while step 4 is saved: the next step's end is the place
     assert status(tmp_path) == ("preempted", 75, f"preempted; saved step {saved}")
     check_goes_on(tmp_path, values, undisturbed, f"resumed from step-{saved}")
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_while_building(model: Path, tmp_path: Path) -> None:
+    """torchrun ends rank 0 for it with SIGTERM; the reason is still the other's error."""
+    fault = {"rank": 1, "step": 0, "at": "building", "do": "raise"}
+    printed = launch(short(model, tmp_path), tmp_path, fault)
+    state, code, reason = status(tmp_path)
+    assert (state, code) == ("failed", 5), (reason, printed)
+    assert reason.startswith("rank 1 failed in step 0 (MemoryError: no room for 2 GiB)")
 
 
 @pytest.mark.slow
@@ -161,6 +200,8 @@ def test_processes_that_do_not_meet(model: Path, tmp_path: Path) -> None:
     assert last.startswith(
         f"not all of 2 processes met at 127.0.0.1:{port}; torchrun restarted them: set TORCH_DISABLE_"
     )
+    state, code, reason = status(tmp_path)
+    assert (state, code) == ("failed", 5) and reason.startswith("not all of 2 processes met")
 
 
 @pytest.mark.slow

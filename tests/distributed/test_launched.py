@@ -161,7 +161,7 @@ import time
 from digrap_scale import cli
 from digrap_scale.training import run
 
-prepare, open_data = run.prepare_folder, run.open_training_data
+prepare, open_data = run.find_start, run.open_training_data
 
 
 def slow_on_rank_0(*arguments):
@@ -176,7 +176,7 @@ def slow_on_rank_1(config, once):
     return open_data(config, once)
 
 
-run.prepare_folder, run.open_training_data = slow_on_rank_0, slow_on_rank_1
+run.find_start, run.open_training_data = slow_on_rank_0, slow_on_rank_1
 sys.exit(cli.main())
 """
 

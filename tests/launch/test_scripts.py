@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from digrap_scale.training.log import read_status
 from tests.distributed.ranks import free_port
 from tests.distributed.test_launched import config
 from tests.models.tiny import save_vit
@@ -69,6 +71,9 @@ def test_kubernetes_manifest_runs_what_torchrun_needs() -> None:
         "train",
         "/run/run.yaml",
     ]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    patience = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])  # of torchrun, before it kills; then the pod's own
+    assert 60 < patience < worker["template"]["spec"]["terminationGracePeriodSeconds"]
     assert manifest["spec"]["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
 
 
@@ -84,6 +89,29 @@ def weights_of(nodes: list[subprocess.Popen[str]], folder: Path) -> dict[str, to
     outputs = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(outputs)
     return load_file(folder / "final" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_a_launcher_that_is_asked_to_stop(script: str, tmp_path: Path) -> None:
+    """SIGTERM to the launcher, as a scheduler sends it: the ranks save, and the same command goes on."""
+    values = config(save_vit(tmp_path / "vit", classes=16), tmp_path / "run", training={"steps": 5000})
+    values["evaluation"]["suite"], values["checkpoint"] = [], {"every_steps": 5000}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    variables = {"HOSTFILE": str(tmp_path / "hosts"), "NODE_RANK": "0", "PORT": str(free_port())}
+    if script == "torchrun.sh":
+        variables = {"PROCESSES_PER_NODE": "2", "PORT": str(free_port())}
+    launcher = start(script, variables, tmp_path / "run.yaml", "sharding.backend=fsdp2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < until:
+        time.sleep(0.2)
+    launcher.terminate()
+    printed = launcher.communicate(timeout=TIMEOUT_S)[0]
+    status = read_status(tmp_path / "run") or {}
+    assert (status["state"], status["exit_code"]) == ("preempted", 75), printed
+    assert (tmp_path / "run" / "checkpoints" / f"step-{status['step']}" / "COMMITTED").is_file()
 
 
 @pytest.mark.slow

@@ -66,6 +66,15 @@ def test_a_rank_that_failed_is_named_with_its_error_at_once(watches: list[Left])
     assert "rank 0 waited for it in step 7, forward and backward" in waiting.line
 
 
+def test_who_is_ended_knows_who_failed(watches: list[Left]) -> None:
+    """A launcher ends the others of a rank that failed: the reason is that rank's, not the signal."""
+    ended, failing = watches
+    assert ended.failed() is None
+    failing.close(MemoryError("no room for 2 GiB"))
+    assert ended.failed() == "rank 1 failed in step 0 (MemoryError: no room for 2 GiB); rank 0 was ended for it"
+    ended.close()
+
+
 @pytest.mark.parametrize("error", [None, Preempted("preempted; saved step 7"), ConfigError("all see it")])
 def test_a_rank_that_leaves_as_all_do_is_not_missed(watches: list[Left], error: ConfigError | None) -> None:
     staying, leaving = watches

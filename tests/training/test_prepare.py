@@ -24,20 +24,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder / "run", values
 
 
-@pytest.fixture
-def broken(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A copy of it that broke down in step 5."""
+def copy_of(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    shutil.rmtree(folder / "checkpoints" / "step-6")
-    status = read_status(folder)
-    (folder / "status.json").write_text(json.dumps({**(status or {}), "state": "failed"}))
     values = json.loads(json.dumps(finished[1]))
     values["run"]["folder"] = str(folder)
     config = (folder / "config.yaml").read_text().replace(str(finished[0]), str(folder))
-    for file in (folder / "config.yaml", folder / "checkpoints" / "step-3" / "config.yaml"):
-        file.write_text(config)
-    recommit(folder / "checkpoints" / "step-3")
+    (folder / "config.yaml").write_text(config)
+    for step in (3, 6):
+        (folder / "checkpoints" / f"step-{step}" / "config.yaml").write_text(config)
+        recommit(folder / "checkpoints" / f"step-{step}")
+    return folder, values
+
+
+@pytest.fixture
+def broken(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of it that broke down in step 5."""
+    folder, values = copy_of(finished, tmp_path)
+    shutil.rmtree(folder / "checkpoints" / "step-6")
+    status = read_status(folder)
+    (folder / "status.json").write_text(json.dumps({**(status or {}), "state": "failed"}))
     return folder, values
 
 
@@ -47,7 +53,7 @@ def recommit(folder: Path) -> None:
     files = {name: layout.checksum(folder / name) for name in layout.files_of(folder)}
     text = layout.encode({"files": files})
     (folder / layout.CHECKSUMS).write_text(text)
-    (folder / layout.COMMITTED).write_text(layout.committed_mark(3, text))
+    (folder / layout.COMMITTED).write_text(layout.committed_mark(int(folder.name.removeprefix("step-")), text))
 
 
 def test_goes_on(broken: tuple[Path, dict[str, Any]]) -> None:
@@ -148,3 +154,113 @@ def test_no_checkpoint_there(finished: tuple[Path, dict[str, Any]], tmp_path: Pa
     values["checkpoint"] = {**values["checkpoint"], "resume": str(tmp_path / "nothing")}
     with pytest.raises(CheckpointError, match="nothing: expected a checkpoint's folder"):
         run_here(values)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["config.yaml", "dcp/__0_0.distcp", "missing"])
+def test_damage_removes_nothing(
+    name: str, overwrite: bool, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Not even with ``run.overwrite``: a flipped bit does not make another run of it. Exit 3, and what is whole is offered."""
+    folder, values = copy_of(finished, tmp_path)
+    status = {**(read_status(folder) or {}), "state": "preempted", "exit_code": 75}
+    (folder / "status.json").write_text(json.dumps(status))
+    values["run"]["overwrite"] = overwrite
+    newest = folder / "checkpoints" / "step-6"
+    if name == "missing":
+        (newest / "config.yaml").unlink()
+    else:
+        flip(newest / name)
+    before = {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "status.json"
+    }
+    with pytest.raises(CheckpointError) as caught:
+        run_here(values)
+    expected = "config.yaml: missing" if name == "missing" else f"{name}: its SHA-256 differs"
+    assert expected in str(caught.value) and "; step-3 is whole: set checkpoint.resume" in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    told = read_status(folder) or {}
+    assert (told["state"], told["exit_code"], told["step"]) == ("failed", 3, 6) and expected in told["reason"]
+
+
+def test_an_upgrade_that_adds_keys(broken: tuple[Path, dict[str, Any]]) -> None:
+    """A stored config without them is the same run while they are at their defaults."""
+    folder, values = broken
+    file = folder / "checkpoints" / "step-3" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("  max_skipped_steps:", "  eps:", "  dtype:"))]
+    assert len(kept) < len(lines)
+    file.write_text("".join(kept))
+    recommit(file.parent)
+    values["training"]["max_skipped_steps"] = 7
+    with pytest.raises(ConfigError, match=r"another config \(training.max_skipped_steps: \d+ → 7\)"):
+        run_here(values)
+    del values["training"]["max_skipped_steps"]
+    assert len(run_here(values)) == 3
+
+
+def test_a_config_of_another_version(broken: tuple[Path, dict[str, Any]]) -> None:
+    """It cannot be compared: neither continued nor replaced."""
+    folder, values = broken
+    file = folder / "checkpoints" / "step-3" / "config.yaml"
+    file.write_text(file.read_text().replace("training:\n", "training:\n  gone_since: 1\n"))
+    recommit(file.parent)
+    values["run"]["overwrite"] = True
+    with pytest.raises(ConfigError, match=r"cannot be read \(config.yaml:\d+: unknown key `training.gone_since`"):
+        run_here(values)
+    assert (file.parent / "COMMITTED").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_launcher_repeats_a_finished_run(
+    variable: str,
+    overwrite: bool,
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that crashes while it leaves makes it do so: there is nothing to do, and nothing is trained anew."""
+    folder, values = copy_of(finished, tmp_path)
+    values["run"]["overwrite"] = overwrite
+    monkeypatch.setenv(variable, "1")
+    status = (folder / "status.json").read_bytes()
+    assert run_here(values) == []
+    assert (folder / "status.json").read_bytes() == status
+    values["optimizer"]["learning_rate"] = 5e-3
+    with pytest.raises(
+        ConfigError, match=f"repeats \\({variable}=1\\) removes neither" if overwrite else "holds an earlier"
+    ):
+        run_here(values)
+    assert (folder / "checkpoints" / "step-6" / "COMMITTED").is_file()
+    assert (folder / "status.json").read_bytes() == status
+    monkeypatch.setenv(variable, "0")
+    if overwrite:
+        assert len(run_here(values)) == 6  # somebody asks for it
+
+
+def test_a_config_error_is_told(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    """In a new folder, and it does not count as an earlier run when the error is mended."""
+    values = json.loads(json.dumps(finished[1]))
+    values["run"]["folder"] = str(tmp_path / "new")
+    classes, values["data"]["classes"] = values["data"]["classes"], str(tmp_path / "nowhere.json")
+    with pytest.raises(ConfigError):
+        run_here(values)
+    told = read_status(tmp_path / "new") or {}
+    assert (told["state"], told["exit_code"]) == ("failed", 2) and "nowhere.json" in told["reason"]
+    values["data"]["classes"] = classes
+    assert len(run_here(values)) == 6
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    values = {**finished[1], "run": {"folder": str(tmp_path), "overwrite": True}}
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="holds no run of ours"):
+        run_here(values)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
