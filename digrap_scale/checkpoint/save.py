@@ -177,7 +177,8 @@ class Saver:
         ranks.on_first(lambda: self._remove_old(contents.step))
 
     def _remove_old(self, newest: int) -> None:
-        """Keep the newest ``keep_last`` up to this one, and every ``keep_every_steps``-th."""
+        """Keep the newest ``keep_last`` up to this one, and every ``keep_every_steps``-th; no save that did not end, nor a
+        removal that did not."""
         settings = self._settings
         found = layout.found_steps(self._run_folder)
         committed = [step for step, path in found.items() if step <= newest and layout.is_committed(path)]
@@ -188,6 +189,10 @@ class Saver:
             with self._saving(folder):
                 (folder / layout.COMMITTED).unlink()  # first: what is half removed is no checkpoint
                 shutil.rmtree(folder)
+        for step, folder in found.items():
+            if step < newest and step not in committed:
+                with self._saving(folder):
+                    shutil.rmtree(folder)
 
     def _guarded(self, folder: Path, action: Callable[[], Any]) -> Any:
         """A collective of a library's, whose errors are every rank's already."""

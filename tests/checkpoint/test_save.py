@@ -98,6 +98,16 @@ def test_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
     assert list(layout.found_steps(tmp_path)) == [50, 40, 20]
 
 
+def test_saves_and_removals_that_did_not_end_go(tmp_path: Path) -> None:
+    """With the next commit, not before; a later one may be somebody's evidence, or is about to be written."""
+    save(tmp_path, 10, 20, 30, 50, keep_last=4)
+    for step in (10, 30, 50):
+        (layout.step_folder(tmp_path, step) / layout.COMMITTED).unlink()
+    (layout.step_folder(tmp_path, 10) / layout.STATE).unlink()
+    save(tmp_path, 40, keep_last=3)
+    assert list(layout.found_steps(tmp_path)) == [50, 40, 20]
+
+
 @pytest.mark.parametrize("limit", [2_000, 40_000])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_disk_full(limit: int, asynchronous: bool, tmp_path: Path) -> None:
