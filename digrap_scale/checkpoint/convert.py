@@ -13,8 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from digrap_scale.checkpoint.atomic import atomic_folder
 from digrap_scale.checkpoint.formats import WRITERS, open_source
-from digrap_scale.checkpoint.formats.adapter import CONFIG
+from digrap_scale.checkpoint.formats.adapter import CONFIG, holds_adapter, own_adapter
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
+from digrap_scale.checkpoint.formats.ours import refuse_incomplete
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.file_names import names_by_config
 
@@ -46,8 +47,9 @@ def convert(
         to: a format in ``formats.WRITERS``.
         world_size: ranks to write for (``zero``: needed; ``dcp``: files to cut into, 1 by default).
         dtype: of all floating-point tensors (a name in ``DTYPES``); by default as stored. ZeRO's are float32 always.
-        merge_into: ``source`` is a LoRA adapter, and this its base: the merged weights are written. ``OWN_BASE``: the
-            source is a checkpoint of a PEFT model in training, which holds both.
+        merge_into: ``source`` is a LoRA adapter or a checkpoint of a PEFT model in training, and this its base: the merged
+            weights are written. ``OWN_BASE``: the checkpoint holds the base, too. None: of such a checkpoint, ``safetensors``
+            gets the adapter alone, in PEFT's layout.
         companions: a folder whose config, processor and tokenizer files go with the weights (default: the source's own).
         max_shard_bytes: largest safetensors file (a larger tensor gets a file of its own).
         verify: read the result again with its format's reader, and compare every tensor's SHA-256 with the source's.
@@ -65,29 +67,36 @@ def convert(
     out = Path(out)
     _check(to, world_size, dtype, max_shard_bytes, Path(source), out)
     opened = open_source(source)
+    own = opened.companions
     if companions is not None:
         if not Path(companions).is_dir():
             raise ConfigError(f"--companions {companions}: expected a folder with config and processor files")
-        own, opened = opened.companions, replace(opened, companions=Path(companions))
-    else:
-        own = opened.companions
-    if merge_into == OWN_BASE:
+        opened = replace(opened, companions=Path(companions))
+    with_config = own if own is not None and (own / CONFIG).is_file() else opened.companions
+    if merge_into is None:
+        if to == "safetensors" and holds_adapter(opened):
+            opened = own_adapter(opened, with_config)
+    elif merge_into == OWN_BASE:
         if opened.format == "adapter":
             raise ConfigError(f"--merge-adapter: {source} holds an adapter alone; name its base: --merge-adapter BASE")
         from digrap_scale.checkpoint.merge import merge_own
 
-        with_config = own if own is not None and (own / CONFIG).is_file() else opened.companions
+        refuse_incomplete(opened)
         opened = merge_own(opened, with_config)
-    elif merge_into is not None:
+    else:
+        if holds_adapter(opened):
+            opened = own_adapter(opened, with_config)
         if opened.format != "adapter":
             raise ConfigError(
-                f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}); name the adapter first, or give no "
-                "BASE if the source holds both"
+                f"--merge-adapter: {source} is no PEFT adapter (found: {opened.format}), and holds none; name the adapter first"
             )
         from digrap_scale.checkpoint.merge import merge_adapter  # brings PEFT along
 
-        base = open_source(merge_into)
-        opened = merge_adapter(base if companions is None else replace(base, companions=Path(companions)), opened)
+        base = replace(open_source(merge_into), left_out=(CONFIG,))
+        if companions is not None and (Path(companions) / "config.json").is_file():  # else it was the adapter's
+            base = replace(base, companions=Path(companions))
+        opened = merge_adapter(base, opened)
+    refuse_incomplete(opened)
     if opened.format == "safetensors" and to in _BY_MODULE:
         opened = module_names(opened)
     opened = _cast(opened, torch.float32 if to == "zero" else None if dtype is None else DTYPES[dtype])

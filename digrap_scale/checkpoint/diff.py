@@ -15,6 +15,7 @@ from digrap_scale.checkpoint.atomic import write_file
 from digrap_scale.checkpoint.convert import module_names
 from digrap_scale.checkpoint.formats import open_source
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
+from digrap_scale.checkpoint.formats.ours import refuse_incomplete
 from digrap_scale.errors import CheckpointError
 from digrap_scale.safetensors_file import differing_names
 
@@ -93,6 +94,8 @@ def diff(
         CheckpointError: a checkpoint cannot be read, or names or shapes differ.
     """
     first, second = open_source(a), open_source(b)
+    for source in (first, second):
+        refuse_incomplete(source)
     if first.tensors.keys() != second.tensors.keys():
         # Transformers' files and a training checkpoint may name one model's tensors differently.
         first, second = module_names(first), module_names(second)

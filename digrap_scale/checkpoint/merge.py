@@ -6,10 +6,9 @@ Computed in float32 and rounded once to the base's dtype. PEFT's ``merge_and_unl
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key  # not exported higher up; pinned by the tests of patterns
 
-from digrap_scale.checkpoint.formats.adapter import CONFIG
+from digrap_scale.checkpoint.formats.adapter import CONFIG, read_config
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.errors import CheckpointError
 from digrap_scale.file_names import names_by_config
@@ -66,7 +65,7 @@ def merge_adapter(base: Source, adapter: Source) -> Source:
         CheckpointError: another kind of adapter, or one whose modules the base does not have.
     """
     names, tied = names_by_config(base.companions or base.path, base.tensors)
-    return _merge(base, adapter, _config(adapter.path / CONFIG), names, tied)
+    return _merge(base, adapter, _config((adapter.companions or adapter.path) / CONFIG), names, tied)
 
 
 def merge_own(source: Source, config_folder: Path | None) -> Source:
@@ -135,11 +134,8 @@ def _merge(
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a readable adapter config ({type(error).__name__}: {error})") from error
+    config = read_config(path)
+    kind = config["peft_type"]
     advice = "merge it with peft's merge_and_unload"
     if kind != "LORA":
         raise CheckpointError(f"{path}: peft_type {kind} cannot be merged here, only LORA; {advice}")
@@ -197,14 +193,18 @@ def _merged(weight: LazyTensor, lora: _Lora, adapter: Source) -> LazyTensor:
             f"{' transposed' if lora.transposed else ''}, found {weight.name} of {list(weight.shape)}"
         )
     columns = weight.shape[1]
-    whole = _once(lambda: tuple(_matrix(part) for part in (lora.a, lora.b)))
+    held: list[torch.Tensor] = []  # A and B, while the weight is read
 
     def read(start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return weight.read(start, stop)
         first, last = start // columns, -(-stop // columns)
         rows = weight.read(first * columns, last * columns).view(-1, columns)
-        a, b = whole()
+        if not held:
+            held.extend(_matrix(part) for part in (lora.a, lora.b))
+        a, b = held
+        if stop == weight.numel:
+            held.clear()  # read to its end: an adapter of many modules is not held at once
         delta = (b @ a[:, first:last]).T if lora.transposed else b[first:last] @ a
         sums = rows.to(delta.dtype) + delta.mul_(lora.scale)
         if lora.magnitude is not None:
@@ -219,15 +219,3 @@ def _merged(weight: LazyTensor, lora: _Lora, adapter: Source) -> LazyTensor:
 def _matrix(part: LazyTensor) -> torch.Tensor:
     compute = torch.float64 if part.dtype == torch.float64 else torch.float32
     return part.read(0, part.numel).view(part.shape).to(compute)
-
-
-def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """``make``'s result, made at the first call; a module's low-rank parts are small."""
-    made: list[Any] = []
-
-    def get() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get

@@ -11,6 +11,7 @@ from digrap_scale.checkpoint.safe_pickle import load_metadata
 from digrap_scale.errors import CheckpointError
 
 _PREFIX = "model."
+_ELSEWHERE = "frozen_elsewhere"
 
 
 def detect(path: Path) -> bool:
@@ -18,21 +19,15 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path) -> Source:
-    """The weights; float32 masters where the run kept them.
+    """The weights; float32 masters where the run kept them. Frozen ones may be elsewhere: see ``refuse_incomplete``.
 
     Raises:
-        CheckpointError: incomplete, damaged (every byte of the files that are used is compared with its checksum), or
-            without the frozen weights.
+        CheckpointError: incomplete, or damaged (every byte of the files that are used is compared with its checksum).
     """
     files = layout.listed_files(path)
     used = [name for name in files if name == layout.STATE or name.startswith((f"{layout.DCP}/", f"{layout.MODEL}/"))]
     layout.refuse_damaged(path, layout.check_content(path, files, used))
     state = layout.read_state(path)
-    if elsewhere := state.get("frozen_elsewhere"):
-        raise CheckpointError(
-            f"{path}: {len(elsewhere)} frozen weights, {elsewhere[0]} first, are not in it (checkpoint.frozen_weights: false); "
-            "convert the run's final/ folder"
-        )
     metadata = load_metadata(path / layout.DCP)
     names = {key: key.removeprefix(_PREFIX) for key in metadata.state_dict_metadata if key.startswith(_PREFIX)}
     wanted = {name for part in ("trained", "frozen", "buffers") for name in state.get(part, [])}
@@ -46,4 +41,14 @@ def read(path: Path) -> Source:
         dcp.tensors_of(path / layout.DCP, metadata, names),
         aliases=dict(state.get("tied", {})),
         companions=companions if companions.is_dir() else None,
+        metadata={_ELSEWHERE: state.get("frozen_elsewhere", [])},
     )
+
+
+def refuse_incomplete(source: Source) -> None:
+    """Raises: CheckpointError: the run kept its frozen weights out of the checkpoint."""
+    if elsewhere := source.metadata.get(_ELSEWHERE):
+        raise CheckpointError(
+            f"{source.path}: {len(elsewhere)} frozen weights, {elsewhere[0]} first, are not in it (checkpoint.frozen_weights: "
+            "false); name an adapter's base (--merge-adapter BASE), or convert the run's final/ folder"
+        )
