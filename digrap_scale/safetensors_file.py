@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from digrap_scale.errors import CheckpointError
 
@@ -34,6 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Of the format, but none of torch's that we read.
+_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _SHOWN = 8
 
 
@@ -72,26 +75,67 @@ class Entry:
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Name → entry of a file, in the order of the data, and its ``__metadata__``.
 
-    safetensors itself checks that the tensors fill the file without gaps or overlaps; the header is parsed once more for
-    the offsets, which it has no call to tell, and for names given twice.
-
     Raises:
-        CheckpointError: not a safetensors file, or a damaged one.
+        CheckpointError: not a safetensors file, or a damaged one: the tensor, what was expected and what was found.
     """
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = dict(opened.metadata() or {})
         with file.open("rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
             length = int.from_bytes(raw.read(8), "little")
-            header: dict[str, Any] = json.loads(raw.read(length), object_pairs_hook=_once)
-    except (SafetensorError, OSError, ValueError) as error:
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(
+                    f"its header takes {length} bytes, the file has {size}" if size >= 8 else f"it has {size} bytes"
+                )
+            header: Any = json.loads(raw.read(length), object_pairs_hook=_once)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__: expected texts by name")
+        entries = [_entry(file, 8 + length, name, value) for name, value in header.items()]
+        entries.sort(key=lambda item: (item[1].offset, item[1].size_bytes))
+        _check_filled(entries, 8 + length, size)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = value["data_offsets"]
-        entries[name] = Entry(file, 8 + length + first, value["dtype"], tuple(value["shape"]), last - first)
-    return entries, metadata
+    return dict(entries), metadata
+
+
+def _entry(file: Path, data: int, name: str, value: Any) -> tuple[str, Entry]:
+    """Raises: ValueError: no entry, or one whose shape is not of the size of its data."""
+    try:
+        code, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [first, last, *shape]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"tensor {name}: expected dtype, shape and two data_offsets, found {str(value)[:100]}"
+        ) from error
+    bits = DTYPES[code].itemsize * 8 if code in DTYPES else _OTHER_BITS.get(code)
+    if bits is None:
+        raise ValueError(f"tensor {name}: expected a dtype of the format, found {code!r}")
+    if not all(type(number) is int and number >= 0 for number in numbers) or last < first:
+        raise ValueError(
+            f"tensor {name}: expected a shape and offsets of numbers from 0 on, found {shape}, {first} to {last}"
+        )
+    if math.prod(shape) * bits != (last - first) * 8:
+        taken = f"{math.prod(shape) * bits / 8:g}"
+        raise ValueError(f"tensor {name}: {code} {shape} takes {taken} bytes, its data_offsets give {last - first}")
+    return name, Entry(file, data + first, code, tuple(shape), last - first)
+
+
+def _check_filled(entries: Sequence[tuple[str, Entry]], data: int, size: int) -> None:
+    """Raises: ValueError where tensors leave a hole, overlap, or end elsewhere than the file."""
+    end, before = data, "the header"
+    for name, entry in entries:
+        if entry.offset != end:
+            what = "a hole" if entry.offset > end else "an overlap"
+            raise ValueError(
+                f"tensor {name}: expected its data at byte {end}, after {before}, found them at {entry.offset}: {what}"
+            )
+        end, before = entry.offset + entry.size_bytes, name
+        if end > size:
+            raise ValueError(f"tensor {name}: ends at byte {end}, the file has {size}")
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, the file has {size}")
 
 
 def read_headers(path: Path, stem: str = STEM) -> dict[str, Entry]:
@@ -164,7 +208,7 @@ def differing_names(left: set[str], right: set[str], left_title: str, right_titl
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
         items = dict(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CheckpointError(

@@ -139,6 +139,22 @@ def test_wrong_reference_is_exit_3(values: dict, tmp_path: Path, capsys: pytest.
     assert "reference.rename" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["reference.source", "model.path"])
+def test_damaged_weights_are_exit_3(
+    where: str, values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever key names them; `validate` says so, too, of the reference."""
+    whole = Path(values["model"]["path"])
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 5)
+    file = write(tmp_path, values)
+    for verb in ("train", "validate") if where == "reference.source" else ("train",):
+        assert main([verb, file, f"{where}={cut}"]) == 3
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "cut" in line]
+        assert line.startswith(f"{where}: {cut}") and "the file has" in line, line
+
+
 def test_module_and_launcher_argument(tmp_path: Path) -> None:
     """`python -m digrap_scale`, with the argument that DeepSpeed's launcher puts before everything else."""
     environment = {**os.environ, "RANK": "0"}

@@ -17,6 +17,7 @@ from digrap_scale.errors import DigrapError, PeerError, brief, complain
 
 _LONGEST_PERIOD_S = 5.0
 _FAILED = "failed|"
+_AGREE_S, _AGREE_PERIOD_S = 5.0, 0.25
 _EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -56,6 +57,10 @@ class StopRequest:
         if self.wanted:
             sys.exit(_EXIT_TERMINATED)
 
+    def hold(self) -> None:
+        """From here on it is a flag: this process is about to say what ended it."""
+        self._deferred = True
+
     def _note(self, *_: object) -> None:
         self.wanted = True
         if not self._deferred:
@@ -91,6 +96,9 @@ class Nobody:
     def failed(self) -> str | None:
         """Nobody else could have failed."""
         return None
+
+    def agree(self, error: DigrapError) -> None:
+        """Nobody to agree with."""
 
     def close(self, error: BaseException | None = None) -> None:
         """Nothing to leave."""
@@ -134,6 +142,7 @@ class Watch(Nobody):
         self._seen = {other: _Seen(first.encode(), time.monotonic()) for other in range(size)}
         self._store_lost_since: float | None = None
         self._stop = threading.Event()
+        self._left = False
         self._last_resort: threading.Timer | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -142,13 +151,33 @@ class Watch(Nobody):
         """Tell what this rank does from now on."""
         self._place = (step, doing, time.monotonic())
 
+    def agree(self, error: DigrapError) -> None:
+        """Before the first step: whether all ranks end by this same error (a reference that does not fit), so that one of them
+        telling is enough (``error.agreed``). Waits a few seconds for ranks that are slower."""
+        if self._place[0] > 0 or error.agreed or isinstance(error, PeerError):
+            return
+        self._stop.set()
+        self._thread.join(self._period_s)
+        reason, until = _reason(error), time.monotonic() + _AGREE_S
+        try:
+            self._store.set(f"beat/{self._rank}", f"{_FAILED}0|{reason}")
+            while not error.agreed and time.monotonic() < until:
+                beats = self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])
+                error.agreed = all(_failed(beat) == (0, reason) for beat in beats)
+                time.sleep(_AGREE_PERIOD_S)
+        except RuntimeError:  # rank 0 has left, and nothing more is known
+            return
+        if error.agreed and self._rank == 0:
+            time.sleep(2 * _AGREE_PERIOD_S)  # the store goes with this process: the others are to see it, too
+        self._left = error.agreed
+
     def close(self, error: BaseException | None = None) -> None:
         """This rank leaves: as it should, or by an error that the others do not know of. Those must not wait for it."""
         self._stop.set()
         alone = error is not None and not getattr(error, "agreed", False) and not isinstance(error, PeerError)
-        if self._store_lost_since is not None:
+        if self._store_lost_since is not None or self._left:
             return
-        last = f"{_FAILED}{self._place[0]}|{type(error).__name__}: {brief(error)}" if error and alone else "left"
+        last = f"{_FAILED}{self._place[0]}|{_reason(error)}" if error and alone else "left"
         self._thread.join(self._period_s)  # its last beat must not come after this one
         with suppress(RuntimeError):  # rank 0, which holds the store, has left before: nobody looks any more
             self._store.set(f"beat/{self._rank}", last)
@@ -276,6 +305,10 @@ def leave_without_others(error: BaseException) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {brief(error)}"
 
 
 def _failed(beat: bytes) -> tuple[int, str] | None:

@@ -21,7 +21,7 @@ from digrap_scale.config import Config, dump_config, parse_config
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.training.batches import training_patterns
 from digrap_scale.training.status import DONE, STATUS_FILE, now, outcome_of, read_status, write_status
-from digrap_scale.training.validate import find_problems
+from digrap_scale.training.validate import check_reference, find_problems
 
 # What a run may change and still be the run that it was: where and how it computes, what it shows.
 _FREE = (
@@ -71,7 +71,7 @@ def find_start(folder: Path, config: Config) -> Start:
 
     Raises:
         ConfigError: all problems, at once.
-        CheckpointError: ``checkpoint.resume`` names no checkpoint.
+        CheckpointError: ``checkpoint.resume`` names no checkpoint, or the reference is damaged.
     """
     resume, restart = config.checkpoint.resume, launcher_restart()
     try:
@@ -101,6 +101,7 @@ def find_start(folder: Path, config: Config) -> Start:
             problems += _inputs_inside(folder, config)
             start.replaces = True
         refuse(problems)
+        check_reference(config)
     except (OSError, ValueError) as error:
         raise _not_ready(folder, error) from error
     if start.replaces and resume == AUTO:
@@ -154,7 +155,10 @@ def telling_early_end(config: Config, rank: int) -> Iterator[None]:
         yield
     except BaseException as error:
         folder = Path(config.run.folder)
-        if rank == 0 and _may_tell(folder, config):
+        makes_none = (
+            isinstance(error, ConfigError) and not folder.exists()
+        )  # of a run that cannot start there is nothing
+        if rank == 0 and not makes_none and _may_tell(folder, config):
             before = read_status(folder) or {}
             try:
                 write_status(

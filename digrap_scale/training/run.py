@@ -11,7 +11,7 @@ from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import open_together
 from digrap_scale.config import Config
 from digrap_scale.data.tasks.build import build_task
-from digrap_scale.errors import PeerError
+from digrap_scale.errors import DigrapError, PeerError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
 from digrap_scale.evaluation.strength import read_strength
 from digrap_scale.models.groups import build_groups, describe_groups
@@ -95,7 +95,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
             layers_every_steps=config.logging.layers_every_steps,
             start_step=start_step,
         ) as log,
-        watching(config, here, log, watches) as watch,
+        watching(config, here, log, watches, stop) as watch,
         peer_errors(watch.diagnosis),
         tracking(config, folder, here, start_step > 0, log.message) as log.trackers,
     ):
@@ -140,7 +140,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
 
 
 @contextmanager
-def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) -> Iterator[Nobody]:
+def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack, stop: StopRequest) -> Iterator[Nobody]:
     """The heartbeats of the job's ranks, while the block runs; ``at_the_end`` is left when the process group is. Collective."""
     if here.world_size == 1:
         yield Nobody()
@@ -152,6 +152,9 @@ def watching(config: Config, here: Place, log: RunLog, at_the_end: ExitStack) ->
     try:
         yield watch
     except BaseException as error:
+        stop.hold()
+        if isinstance(error, DigrapError):
+            watch.agree(error)
         # A launcher that ends this process may do so since another one failed: that says more.
         other = watch.failed() if isinstance(error, SystemExit) and error.code else None
         watch.close(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from digrap_scale.config import Config
 from digrap_scale.data.check import check_data
@@ -18,6 +19,8 @@ from digrap_scale.training.batches import count_steps, describe_data, open_train
 from digrap_scale.training.class_answers import class_answer_problems
 from digrap_scale.training.trackers import missing_trackers
 
+_WORDS = ("pretrained", "initial", "zero")
+
 
 def validate(config: Config, world_size: int | None = None) -> list[str]:
     """Lines that tell what the config's regexes match, what each loader process reads, and what the run will write.
@@ -28,10 +31,12 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
 
     Raises:
         ConfigError: all problems that were found.
+        CheckpointError: the reference is damaged.
     """
     problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
+    check_reference(config)
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_ranks(config, world_size)
@@ -59,21 +64,31 @@ def find_problems(config: Config) -> list[str]:
         problems
         + check_model(config, num_classes)
         + class_answer_problems(config)
-        + _check_reference(config)
+        + _missing_reference(config)
         + json_problems(config)
         + missing_trackers(config)
     )
 
 
-def _check_reference(config: Config) -> list[str]:
-    """Whether a reference that is a path can be opened (its fit is checked when the model is there)."""
-    if config.reference.source in ("pretrained", "initial", "zero"):
+def _missing_reference(config: Config) -> list[str]:
+    source = config.reference.source
+    if source in _WORDS or Path(source).exists():
         return []
+    return [f"reference.source: {source}: does not exist; expected a folder, a .safetensors file or its index"]
+
+
+def check_reference(config: Config) -> None:
+    """Whether a reference that is a path can be opened; its fit is checked when the model is there.
+
+    Raises:
+        CheckpointError: it holds no safetensors, or damaged ones.
+    """
+    if config.reference.source in _WORDS:
+        return
     try:
         SafetensorsReader(config.reference.source)
     except CheckpointError as error:
-        return [f"reference.source: {error}"]
-    return []
+        raise CheckpointError(f"reference.source: {error}") from error
 
 
 def _num_classes(config: Config) -> int | None:

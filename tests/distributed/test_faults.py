@@ -205,6 +205,18 @@ def test_processes_that_do_not_meet(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_reference_that_does_not_fit_is_told_once(model: Path, tmp_path: Path) -> None:
+    """All ranks find the same; rank 0 tells, and the run ends with 3, not with one rank missing another."""
+    other = tmp_path / "other.safetensors"
+    save_file({"something.else": torch.zeros(3)}, other)
+    values = short(model, tmp_path, reference={"source": str(other)})
+    printed = launch(values, tmp_path)
+    assert printed.count("something.else") == 1, printed
+    state, code, reason = status(tmp_path)
+    assert (state, code) == ("failed", 3) and "something.else" in reason
+
+
+@pytest.mark.slow
 def test_chaos(tmp_path: Path) -> None:
     """A short form of ``make chaos``."""
     assert chaos(3, 2, "fsdp2", tmp_path) == []

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from digrap_scale.errors import ConfigError, Preempted
+from digrap_scale.errors import CheckpointError, ConfigError, Preempted
+from digrap_scale.training import faults
 from digrap_scale.training.faults import Watch
 from tests.distributed.ranks import free_port
 
@@ -73,6 +74,27 @@ def test_who_is_ended_knows_who_failed(watches: list[Left]) -> None:
     failing.close(MemoryError("no room for 2 GiB"))
     assert ended.failed() == "rank 1 failed in step 0 (MemoryError: no room for 2 GiB); rank 0 was ended for it"
     ended.close()
+
+
+def test_all_ranks_with_one_error_need_one_to_tell(watches: list[Left]) -> None:
+    """Not where their errors differ, or only some have one: then each tells its own."""
+    errors = [CheckpointError("the reference does not fit") for _ in watches]
+    threads = [threading.Thread(target=watch.agree, args=[error]) for watch, error in zip(watches, errors, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [error.agreed for error in errors] == [True, True]
+
+
+def test_one_rank_with_an_error_tells_it(watches: list[Left], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_AGREE_S", 0.5)
+    error = CheckpointError("on this node alone")
+    watches[1].agree(error)
+    assert not error.agreed
+    watches[1].close(error)
+    assert "rank 1 failed in step 0 (CheckpointError: on this node alone)" in (watches[0].failed() or "")
+    watches[0].close()
 
 
 @pytest.mark.parametrize("error", [None, Preempted("preempted; saved step 7"), ConfigError("all see it")])

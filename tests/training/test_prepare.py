@@ -246,9 +246,10 @@ def test_a_launcher_repeats_a_finished_run(
 
 
 def test_a_config_error_is_told(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
-    """In a new folder, and it does not count as an earlier run when the error is mended."""
+    """Where the folder is there; and it does not count as an earlier run when the error is mended."""
     values = json.loads(json.dumps(finished[1]))
     values["run"]["folder"] = str(tmp_path / "new")
+    (tmp_path / "new").mkdir()
     classes, values["data"]["classes"] = values["data"]["classes"], str(tmp_path / "nowhere.json")
     with pytest.raises(ConfigError):
         run_here(values)
