@@ -24,10 +24,19 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import multiprocessing
+
+from digrap_scale.checkpoint.ranks import Ranks
+from digrap_scale.checkpoint.save import Contents, Saver
+from digrap_scale.config.schema import CheckpointConfig
+from digrap_scale.types import TensorPart
 
 LARGEST = 512 << 20
 PIECE = 32 << 20
+OURS = "run/checkpoints/step-1"
 RUNS = [  # name, source, options; later ones read what earlier ones wrote
     ("safetensors → safetensors", "source", {"to": "safetensors"}),
     ("safetensors → safetensors, float32", "source", {"to": "safetensors", "dtype": "float32"}),
@@ -35,6 +44,8 @@ RUNS = [  # name, source, options; later ones read what earlier ones wrote
     ("safetensors → zero, 8 ranks", "source", {"to": "zero", "world_size": 8}),
     ("dcp → safetensors", "safetensors → dcp, 8 ranks", {"to": "safetensors"}),
     ("zero → safetensors, bfloat16", "safetensors → zero, 8 ranks", {"to": "safetensors", "dtype": "bfloat16"}),
+    # A run's own: every byte is hashed, moments too, which are not converted.
+    ("a run's, 4 ranks → safetensors", OURS, {"to": "safetensors"}),
     ("zero, 8 ranks → zero, 3 ranks", "safetensors → zero, 8 ranks", {"to": "zero", "world_size": 3}),
 ]
 WORKER = """
@@ -69,6 +80,27 @@ def make(folder: Path, gigabytes: float) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+def make_ours(rank: int, ranks: int, source: Path, run: Path, store: str) -> None:
+    """A run's checkpoint of the same weights with two moments, as ``ranks`` processes write it; this is one of them."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    parts, names = [], []
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                whole = opened.get_tensor(name)
+                names.append(name)
+                cut = whole.numel() // ranks
+                start, stop = rank * cut, whole.numel() if rank == ranks - 1 else (rank + 1) * cut
+                flat = whole.view(-1)[start:stop].clone()
+                keys = (f"model.{name}", *(f"optimizer.state.{name}.{key}" for key in ("exp_avg", "exp_avg_sq")))
+                parts += [TensorPart(key, tuple(whole.shape), start, stop, flat) for key in keys]
+    saver = Saver(run, CheckpointConfig(), Ranks(rank, ranks, dist.group.WORLD), lambda _: None)
+    state = {"format": 1, "step": 1, "world_size": ranks, "trained": names, "frozen": [], "buffers": [], "tied": {}}
+    saver.save(Contents(1, state, "", parts, {"x": torch.zeros(1)}, {}, {"x": torch.zeros(1)}, lambda folder: None))
+    saver.close()
+    dist.destroy_process_group()
+
+
 def files_of(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -99,14 +131,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", default="", help="conversions whose name has this text (and needs no other's output)")
     parser.add_argument("--folder", help="where to write (about 8 × the weights; default: the system's)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         make(folder / "source", options.gigabytes)
+        multiprocessing.spawn(make_ours, (4, folder / "source", folder / "run", str(folder / "store")), nprocs=4)
         kept = {source for _, source, _ in RUNS}
         print(f"{'':36} {'written':>9} {'time':>7} {'of a copy':>10} {'in CPU':>8} {'before':>8} {'peak':>8}")
         for title, source, arguments in RUNS:
+            if options.only not in title:
+                continue
             results = []
             ratios: dict[str, list[float]] = {"seconds": [], "cpu": []}
             for _ in range(options.repeats):

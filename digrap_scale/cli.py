@@ -179,7 +179,9 @@ def _plan(options: argparse.Namespace) -> None:
 def _interpolate(options: argparse.Namespace) -> None:
     from digrap_scale.checkpoint.interpolate import interpolate
 
-    for alpha, folder in interpolate(options.a, options.b, options.out, options.alpha).items():
+    shows = sys.stderr.isatty()
+    folders = interpolate(options.a, options.b, options.out, options.alpha, show_progress=shows)
+    for alpha, folder in folders.items():
         print(f"alpha {alpha:g}: {folder}")
 
 
@@ -222,7 +224,7 @@ def _diff(options: argparse.Namespace) -> None:
     from digrap_scale.checkpoint.diff import diff, write_json
     from digrap_scale.checkpoint.diff_report import draw, show_table
 
-    drifts = diff(options.a, options.b, by_layer=options.by_layer)
+    drifts = diff(options.a, options.b, by_layer=options.by_layer, show_progress=sys.stderr.isatty())
     show_table(drifts, Console(), options.rows)
     if options.json:
         write_json(Path(options.json), drifts)

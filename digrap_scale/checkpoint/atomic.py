@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from digrap_scale.errors import SaveError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_STREAMS = ("iostream error", "PytorchStreamWriter failed writing")  # of torch's C++ archive writer
+_PROBE_BYTES = 1 << 20
 # Errors of writing; anything else that the caller's block raises (a missing source file, say) is not about saving.
 _WRITING = _FULL | {
     errno.EACCES,
@@ -103,7 +105,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             raise
         sync(path.parent)
         _remove(old)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         if (failed := writing_error(error, beside)) is not None:
             raise save_error(path, failed) from error
         raise
@@ -111,8 +113,43 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         _remove(beside)
 
 
+def system_error(error: BaseException, folder: Path) -> BaseException:
+    """What the system said, where torch.save only raises a RuntimeError: of a Python file, about positions, since it ends its
+    archive while the OSError of a write passes, and fails again; of a path, of C++'s streams, which keep no cause.
+
+    Args:
+        error: any; it is returned where it is not about writing.
+        folder: where it wrote: a try tells what C++ does not.
+    """
+    if not isinstance(error, RuntimeError):
+        return error
+    below: BaseException | None = error
+    streams = False
+    while below is not None:
+        if isinstance(below, OSError):
+            return below
+        streams = streams or any(words in str(below) for words in _STREAMS)
+        below = below.__context__
+    return _try_writing(folder) if streams else error
+
+
+def _try_writing(folder: Path) -> OSError:
+    probe = folder / f".{os.getpid()}.probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        probe.unlink(missing_ok=True)
+    return OSError(errno.EIO, "torch could not write a file of it")
+
+
 def writing_error(error: BaseException, beside: Path) -> OSError | None:
     """The error as an ``OSError`` if it is about writing, else None (a source that cannot be read, say)."""
+    error = system_error(error, beside if beside.is_dir() else beside.parent)
     if isinstance(error, SafetensorError):  # keeps the system's error only as text: "... (os error 28)"
         code = re.search(r"\(os error (\d+)\)", str(error))
         error = OSError(int(code.group(1)), os.strerror(int(code.group(1)))) if code else OSError(str(error))

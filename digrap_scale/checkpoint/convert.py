@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from digrap_scale.checkpoint.atomic import atomic_folder
 from digrap_scale.checkpoint.formats import WRITERS, open_source
 from digrap_scale.checkpoint.formats.adapter import CONFIG, holds_adapter, own_adapter
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source, WriteOptions, bytes_of
 from digrap_scale.checkpoint.formats.ours import refuse_incomplete
+from digrap_scale.checkpoint.progress import progress_bar
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.file_names import names_by_config
 
@@ -101,11 +100,11 @@ def convert(
         opened = module_names(opened)
     opened = _cast(opened, torch.float32 if to == "zero" else None if dtype is None else DTYPES[dtype])
     with atomic_folder(out, overwrite=overwrite) as folder:
-        with _bar(f"to {to}", opened.nbytes, show_progress) as advance:
+        with progress_bar(f"to {to}", opened.nbytes, show_progress) as advance:
             options = WriteOptions(world_size=world_size, max_shard_bytes=max_shard_bytes, advance=advance)
             WRITERS[to](opened, folder, options)
         if verify:
-            with _bar("verify", 2 * opened.nbytes, show_progress) as advance:
+            with progress_bar("verify", 2 * opened.nbytes, show_progress) as advance:
                 _verify(opened, open_source(folder), out, advance)
     return out
 
@@ -182,17 +181,3 @@ def digest(tensor: LazyTensor, advance: Callable[[int], None] = lambda count: No
         hashed.update(bytes_of(piece))
         advance(piece.nbytes)
     return hashed.hexdigest()
-
-
-@contextmanager
-def _bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from digrap_scale.checkpoint.atomic import system_error
 from digrap_scale.checkpoint.boxes import boxes_of
 from digrap_scale.checkpoint.safe_pickle import SafeReader, load_metadata
 from digrap_scale.errors import CheckpointError
@@ -154,24 +155,19 @@ class PartsLoadPlanner(LoadPlanner):
 
 
 class PartsWriter(dcp.FileSystemWriter):
-    """``FileSystemWriter`` into a new folder, whose error on a full disk is the system's.
-
-    torch.save ends its archive while the OSError of a write passes, which fails too, with a RuntimeError about positions;
-    and what DCP sends to the other ranks is that one alone.
-    """
+    """``FileSystemWriter`` into a new folder, whose error on a full disk is the system's: DCP sends the outermost one alone to
+    the other ranks."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, overwrite=False)
+        self._folder = folder
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            below: BaseException | None = error
-            while below is not None:
-                if isinstance(below, OSError):
-                    raise below from error
-                below = below.__context__
+            if (below := system_error(error, self._folder)) is not error:
+                raise below from error
             raise
 
 

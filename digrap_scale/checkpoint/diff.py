@@ -16,6 +16,7 @@ from digrap_scale.checkpoint.convert import module_names
 from digrap_scale.checkpoint.formats import open_source
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.checkpoint.formats.ours import refuse_incomplete
+from digrap_scale.checkpoint.progress import progress_bar
 from digrap_scale.errors import CheckpointError
 from digrap_scale.safetensors_file import differing_names
 
@@ -45,7 +46,9 @@ class Drift:
     def add(self, other: Drift) -> None:
         for key, value in asdict(other).items():
             own = getattr(self, key)
-            setattr(self, key, max(own, value) if key == "largest" else own + value)
+            # max() would keep or drop a NaN by the order of the two
+            larger = math.nan if math.isnan(own) or math.isnan(value) else max(own, value)
+            setattr(self, key, larger if key == "largest" else own + value)
 
     @property
     def norm(self) -> float:
@@ -80,7 +83,12 @@ class Drift:
 
 
 def diff(
-    a: str | Path, b: str | Path, *, by_layer: bool = False, advance: Callable[[int], None] = lambda count: None
+    a: str | Path,
+    b: str | Path,
+    *,
+    by_layer: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+    show_progress: bool = False,
 ) -> dict[str, Drift]:
     """Name → drift from ``a`` to ``b``, in ``a``'s order; two bounded pieces are in memory at a time.
 
@@ -89,6 +97,7 @@ def diff(
         b: another one with the same tensors; names are compared as in the files, else as in the model of ``config.json``.
         by_layer: sum over a layer's tensors: a name up to its first number ("model.layers.3"), or up to its last dot.
         advance: called with the number of elements that were compared.
+        show_progress: a bar on the terminal.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or names or shapes differ.
@@ -101,9 +110,11 @@ def diff(
         first, second = module_names(first), module_names(second)
     _check_same(first, second)
     found: dict[str, Drift] = {}
-    for name, tensor in first.tensors.items():
-        drift = _drift(tensor, second.tensors[name], advance)
-        found.setdefault(layer_of(name) if by_layer else name, Drift()).add(drift)
+    with progress_bar("compare", first.nbytes, show_progress) as shown:
+        for name, tensor in first.tensors.items():
+            drift = _drift(tensor, second.tensors[name], advance)
+            shown(tensor.nbytes)
+            found.setdefault(layer_of(name) if by_layer else name, Drift()).add(drift)
     return found
 
 

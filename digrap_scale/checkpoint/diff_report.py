@@ -24,7 +24,9 @@ def show_table(drifts: Mapping[str, Drift], console: Console, rows: int | None =
         column.justify = "right"
     shown = list(drifts.items())
     if rows is not None and rows < len(shown):
-        shown = sorted(shown, key=lambda item: -item[1].relative)[:rows]
+        # What is no number is most worth a look.
+        shown.sort(key=lambda item: (math.isnan(item[1].relative), item[1].relative), reverse=True)
+        shown = shown[:rows]
         table.title = f"{rows} of {len(drifts)}, largest relative drift first"
     for name, drift in [*shown, ("total", total(drifts))]:
         if name == "total":
@@ -50,7 +52,11 @@ def draw(path: Path, drifts: Mapping[str, Drift], title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     lengths = [drift.relative if math.isfinite(drift.relative) else 0.0 for drift in drifts.values()]
-    names = [name if math.isfinite(drift.relative) else f"{name} (A is 0)" for name, drift in drifts.items()]
+    notes = {True: " (not a number)", False: " (A is 0)"}
+    names = [
+        name if math.isfinite(drift.relative) else name + notes[math.isnan(drift.relative)]
+        for name, drift in drifts.items()
+    ]
     axes.barh(range(len(drifts)), lengths)
     axes.set_yticks(range(len(drifts)), names, fontsize=7)
     axes.invert_yaxis()

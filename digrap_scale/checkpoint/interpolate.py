@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +12,7 @@ import torch
 from digrap_scale.checkpoint.atomic import atomic_folder, save_error
 from digrap_scale.checkpoint.formats.base import LazyTensor, bytes_of
 from digrap_scale.checkpoint.formats.huggingface import aligned, copy_companions, plan_shards, tensors_of, write_index
+from digrap_scale.checkpoint.progress import progress_bar
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.safetensors_file import Entry, differing_names, header_bytes, read_headers
 
@@ -30,6 +31,7 @@ def interpolate(
     *,
     max_shard_bytes: int = 4 << 30,
     overwrite: bool = False,
+    show_progress: bool = False,
 ) -> dict[float, Path]:
     """Writes θ = (1 − α)·A + α·B for every α, in one pass over A and B.
 
@@ -46,6 +48,7 @@ def interpolate(
         alphas: weights of B, each in [0, 1].
         max_shard_bytes: largest weight file (a larger tensor gets a file of its own).
         overwrite: replace existing output folders.
+        show_progress: a bar on the terminal.
 
     Returns:
         The folder of each α.
@@ -71,8 +74,10 @@ def interpolate(
         folders = {
             alpha: stack.enter_context(atomic_folder(path, overwrite=overwrite)) for alpha, path in targets.items()
         }
+        total = len(targets) * sum(tensor.nbytes for tensor in b.values())
+        advance = stack.enter_context(progress_bar("interpolate", total, show_progress))
         for file_name, names in shards.items():
-            _write_shard(file_name, aligned(b[name] for name in names), a, folders, targets)
+            _write_shard(file_name, aligned(b[name] for name in names), a, folders, targets, advance)
         for folder in folders.values():
             copy_companions(folder_b, folder)
             write_index(folder, shards, sum(tensor.nbytes for tensor in b.values()))
@@ -141,6 +146,7 @@ def _write_shard(
     a: Mapping[str, LazyTensor],
     folders: Mapping[float, Path],
     targets: Mapping[float, Path],
+    advance: Callable[[int], None],
 ) -> None:
     """One weight file of every α. The header is known beforehand, so pieces of tensors go straight to disk."""
     header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
@@ -157,6 +163,7 @@ def _write_shard(
                     try:
                         file.write(bytes_of(mix(tensor.name, piece_a, piece_b, alpha)))
                         file.flush()  # so that a full disk shows here, with the file's name
+                        advance(piece_b.nbytes)
                     except OSError as error:
                         raise save_error(targets[alpha] / file_name, error) from error
 

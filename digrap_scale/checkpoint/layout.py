@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ DEEPSPEED = "deepspeed"
 CHECKSUMS, COMMITTED = "checksums.json", "COMMITTED"
 _STEP = re.compile(r"step-(\d+)")
 _READ_BYTES = 1 << 22
+_HASHING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,14 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def check_content(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> list[str]:
     """Those of ``names`` whose content is not what was written."""
-    return [
-        f"{name}: its SHA-256 differs" for name in names if checksum(folder / name)["sha256"] != files[name]["sha256"]
-    ]
+    names = list(names)
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashlib lets go of the interpreter
+        found = pool.map(lambda name: checksum(folder / name)["sha256"], names)
+        return [
+            f"{name}: its SHA-256 differs"
+            for name, sha256 in zip(names, found, strict=True)
+            if sha256 != files[name]["sha256"]
+        ]
 
 
 def refuse_damaged(folder: Path, problems: list[str]) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from digrap_scale.checkpoint import layout
-from digrap_scale.checkpoint.atomic import save_error, sync, sync_tree, write_file, writing_error
+from digrap_scale.checkpoint.atomic import save_error, sync, sync_tree, system_error, write_file, writing_error
 from digrap_scale.checkpoint.dcp import RankFailed, write_parts, write_parts_later
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import CheckpointConfig
@@ -215,7 +215,7 @@ class Saver:
             raise
 
     def _saving(self, folder: Path) -> _Saving:
-        return _Saving(lambda error: self._as_save_error(folder, error))
+        return _Saving(folder, lambda error: self._as_save_error(folder, error))
 
     def _as_save_error(self, folder: Path, error: BaseException) -> BaseException:
         if isinstance(error, SaveError):
@@ -235,13 +235,14 @@ class Saver:
 class _Saving:
     """Errors of writing become SaveErrors that name the checkpoint."""
 
-    def __init__(self, convert: Callable[[BaseException], BaseException]) -> None:
-        self._convert = convert
+    def __init__(self, folder: Path, convert: Callable[[BaseException], BaseException]) -> None:
+        self._folder, self._convert = folder, convert
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        error = None if error is None else system_error(error, self._folder)  # DeepSpeed's torch.save
         if isinstance(error, (OSError, SafetensorError, SaveError)):
             converted = self._convert(error)
             if converted is not error:

@@ -198,7 +198,8 @@ def _room(part: TensorPart) -> TensorPart:
 
 def _refuse_other_base(folder: Path, live: list[TensorPart], stored: list[TensorPart]) -> None:
     for ours, saved in zip(live, stored, strict=True):
-        if not torch.equal(ours.tensor, saved.tensor):
+        # Bit for bit: a NaN is not equal to itself.
+        if not torch.equal(ours.tensor.view(torch.uint8), saved.tensor.view(torch.uint8)):
             name = ours.key.removeprefix(MODEL)
             raise CheckpointError(
                 f"{folder}: the frozen weight {name} differs from that of model.path; resume with the model of then"

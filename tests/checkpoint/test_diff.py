@@ -117,3 +117,25 @@ def test_other_tensors_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="cannot compare .*: only in .*a: head.weight"):
         diff(folders[0], tmp_path / "w.safetensors")
+
+
+def test_what_is_no_number_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever it is in the tensor; and it stands first in a table of the largest."""
+    a = {"net.0.weight": torch.zeros(4), "net.1.weight": torch.ones(4), "net.2.weight": torch.ones(4)}
+    b = {
+        "net.0.weight": torch.ones(4),
+        "net.1.weight": torch.tensor([1.0, math.nan, 3.0, 1.0]),
+        "net.2.weight": torch.ones(4),
+    }
+    for name, state in (("a", a), ("b", b)):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert [math.isnan(found[name].largest) for name in a] == [False, True, False]
+    assert math.isnan(total(found).largest) and math.isnan(total(dict(reversed(found.items()))).largest)
+    file, picture = tmp_path / "drift.json", tmp_path / "drift.png"
+    options = ["--rows", "2", "--json", str(file), "--picture", str(picture)]
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("net.1.weight") < printed.index("net.0.weight") and "net.2.weight" not in printed
+    assert json.loads(file.read_text())["parts"]["net.1.weight"]["max"] is None and picture.is_file()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from digrap_scale.checkpoint import layout
 from digrap_scale.checkpoint.dcp import StoredParts
@@ -21,6 +22,7 @@ from digrap_scale.checkpoint.layout import open_checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import find_checkpoint, open_together
 from digrap_scale.checkpoint.save import Contents, Saver
+from digrap_scale.cli import main
 from digrap_scale.config.schema import CheckpointConfig
 from digrap_scale.errors import CheckpointError, SaveError
 from digrap_scale.types import TensorPart
@@ -144,7 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode != 0:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # an error's frames may hold a file open
 
 
 def fill(disk: Path, left: int) -> None:
@@ -173,6 +175,41 @@ def test_a_disk_that_is_full(when: str, asynchronous: bool, small_disk: Path) ->
     open_checkpoint(layout.step_folder(small_disk, 10))
     (small_disk / "others").unlink()
     save(small_disk, 20)
+
+
+def test_deepspeed_s_own_file_on_a_full_disk(small_disk: Path) -> None:
+    """Its torch.save writes by C++, which keeps no cause."""
+    save(small_disk, 10)
+
+    def native(folder: Path) -> None:
+        folder.mkdir()
+        fill(small_disk, left=50_000)
+        torch.save({"weights": torch.ones(100_000)}, folder / "mp_rank_00_model_states.pt")
+
+    whole = contents(20)
+    whole.write_native = native
+    one = saver(small_disk)
+    with pytest.raises(SaveError, match=r"disk full saving .*step-20; .*; step-10 is intact"):
+        one.save(whole)
+    one.close()
+    assert list(layout.found_steps(small_disk)) == [10], "half a checkpoint is left"
+
+
+@pytest.mark.parametrize(
+    ("to", "left"), [("dcp", 100_000), ("zero", 100_000), ("zero", 2_000), ("safetensors", 100_000)]
+)
+def test_conversion_on_a_full_disk(
+    to: str, left: int, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a file's frame, which torch.save writes, as in the data."""
+    (tmp_path / "in").mkdir()
+    save_file({f"w{i}": torch.ones(300) for i in range(300)}, tmp_path / "in" / "model.safetensors")
+    fill(small_disk, left)
+    ranks = [] if to == "safetensors" else ["--world-size", "2"]
+    assert main(["convert", str(tmp_path / "in"), str(small_disk / "out"), "--to", to, *ranks]) == 4
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"disk full saving {small_disk}")
+    assert [path.name for path in small_disk.iterdir()] == ["others"]
 
 
 def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
