@@ -28,7 +28,7 @@ from digrap_scale.errors import CheckpointError, SaveError
 from digrap_scale.types import TensorPart
 from tests.distributed.faulty import Fault, install
 
-PHASES = ["state", "tensors", "generators", "checksums", "commit", "mark", "removal"]
+PHASES = ["state", "tensors", "torn", "generators", "checksums", "commit", "mark", "removal"]
 
 
 def contents(step: int, rows: int = 64) -> Contents:

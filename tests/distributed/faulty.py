@@ -2,8 +2,9 @@
 
 ``FAULT`` (JSON): {"rank": 1, "step": 3, "at": "forward and backward" | "optimizer step" | "data" | a phase of a save,
 "do": a signal's name, "raise", or "sleep" for so many "seconds"}. Phases: "state" (the first file is there), "tensors",
-"generators", "checksums", "commit", "mark" (between COMMITTED and what follows), "removal" (of an older checkpoint). "building"
-comes before step 1, in step 0. With "once", a file's name, it strikes once.
+"torn" (a tensor is in its file, others are not), "generators", "checksums", "commit", "mark" (between COMMITTED and what
+follows), "removal" (of an older checkpoint). "building" comes before step 1, in step 0. With "once", a file's name, it strikes
+once.
 
 ``CHAOS`` (JSON): {"kills": 50, "seed": 0, "noted": a file}: under ``torchrun --max-restarts``, a fault that is drawn anew
 at every start until so many have struck: SIGKILL on some rank, one to four steps after where it began.
@@ -22,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import filesystem
+
 from digrap_scale.checkpoint import layout, save
 from digrap_scale.cli import main
 from digrap_scale.training import run
@@ -33,6 +36,7 @@ PLACES = (
     "optimizer step",
     "state",
     "tensors",
+    "torn",
     "generators",
     "checksums",
     "commit",
@@ -98,6 +102,7 @@ def install(fault: Fault) -> None:
     around(save, "write_file", after=lambda path, _: fault.strike("state") if path.name == layout.STATE else None)
     for writer in ("write_parts", "write_parts_later"):
         around(save, writer, before=lambda *_: fault.strike("tensors"))
+    around(filesystem, "_write_item", after=lambda *_: fault.strike("torn"))
     around(save, "save_file", before=lambda _, path: fault.strike("generators") if path.parent.name == "rng" else None)
     around(layout, "checksum", before=lambda *_: fault.strike("checksums"))
     around(layout, "committed_mark", before=lambda *_: fault.strike("commit"))

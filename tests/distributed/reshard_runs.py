@@ -47,7 +47,7 @@ def make_odd() -> Odd:
 class Run:
     """The model on ``backend``, attached, as ``training.run`` would have it."""
 
-    def __init__(self, backend: str, method: str, folder: Path) -> None:
+    def __init__(self, backend: str, method: str, folder: Path, **checkpoint: Any) -> None:
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         wrap = {"wrap": ["Block"]} if backend == "fsdp2" else {}
         zero = {"zero": {"persistence_threshold_elements": 10, "sub_group_elements": 60}} if backend == "zero3" else {}
@@ -62,6 +62,7 @@ class Run:
                     "optimizer": {"learning_rate": 1e-2},
                     "training": {"steps": STEPS + 1, "global_batch_samples": SAMPLES},
                     "sharding": {"backend": backend, **wrap, **zero},
+                    "checkpoint": checkpoint,
                 }
             )
         )
@@ -117,6 +118,20 @@ def second(backend: str, method: str, source: str, folder: str) -> None:
     run.load(step_folder(Path(source), STEPS))
     run.save(STEPS)
     run.step(STEPS)
+    run.save(STEPS + 1)
+    run.projector.detach()
+
+
+def native(backend: str, folder: str) -> None:
+    """Saved with DeepSpeed's own checkpoint beside ours, changed by a step, loaded back by DeepSpeed, saved again."""
+    run = Run(backend, "digrap", Path(folder), deepspeed_native=True)
+    for number in range(STEPS):
+        run.step(number)
+    run.save(STEPS)
+    run.step(STEPS)
+    loaded, _ = run.engine.model.load_checkpoint(str(step_folder(Path(folder), STEPS) / "deepspeed"), tag="engine")
+    assert loaded is not None
+    run.projector.backend.weights_changed()
     run.save(STEPS + 1)
     run.projector.detach()
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import load_file
 
 from digrap_scale.checkpoint.dcp import StoredParts
 from digrap_scale.config import parse_config
@@ -94,9 +95,10 @@ def run_all(runs: dict[str, dict[str, Any]]) -> dict[str, list[list[str]]]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's ``dcp``, whole (float32 and float64 as they are)."""
+    """Every tensor of a checkpoint's ``dcp``, whole (float32 and float64 as they are), and of its method's state (``ω.…``)."""
     stored = StoredParts(checkpoint / "dcp")
     shapes = stored.shapes
     flat = {key: torch.zeros(torch.Size(shape).numel(), dtype=torch.float64) for key, shape in shapes.items()}
     stored.read([TensorPart(k, shapes[k], 0, f.numel(), f) for k, f in flat.items()])
-    return {key: value.view(shapes[key]) for key, value in flat.items()}
+    method = {f"ω.{key}": value for key, value in load_file(checkpoint / "method.safetensors").items()}
+    return {**{key: value.view(shapes[key]) for key, value in flat.items()}, **method}

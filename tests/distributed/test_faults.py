@@ -49,9 +49,9 @@ def launch(values: dict[str, Any], folder: Path, fault: dict[str, Any] | None = 
     return done.stdout + done.stderr
 
 
-def short(model: Path, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def short(model: Path, folder: Path, backend: str = "fsdp2", **sections: dict[str, Any]) -> dict[str, Any]:
     quick = {"checkpoint": {"every_steps": 2}, "sharding": {"reduce_timeout_s": TIMEOUT_S}}
-    return values_of(model, folder / "run", "fsdp2", **{**quick, **sections})
+    return values_of(model, folder / "run", backend, **{**quick, **sections})
 
 
 def status(folder: Path) -> tuple[str, int, str]:
@@ -151,7 +151,8 @@ def test_a_dead_or_stopped_rank_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("at", "line"), [("tensors", "(ranks 0, 1)"), ("generators", "(rank"), ("checksums", "(not committed)")]
+    ("at", "line"),
+    [("tensors", "(ranks 0, 1)"), ("torn", "(ranks 0, 1)"), ("generators", "(rank"), ("checksums", "(not committed)")],
 )
 def test_killed_while_saving(
     at: str, line: str, model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
@@ -161,6 +162,28 @@ def test_killed_while_saving(
     assert not step_folder(tmp_path / "run", 4).joinpath("COMMITTED").exists()
     check_goes_on(tmp_path, values, undisturbed, f"step-4 is incomplete {line}")
     assert "; resuming from step-2" in (tmp_path / "run" / "messages.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "asynchronous"), [("zero3", False), ("fsdp2", True)])
+def test_other_ways_to_shard_and_to_save(backend: str, asynchronous: bool, model: Path, tmp_path: Path) -> None:
+    """Asked to stop; killed in a step; killed while a file is written: each goes on to the same bits."""
+    every = {"every_steps": 2, "asynchronous": asynchronous}
+    (tmp_path / "calm").mkdir()
+    launch(short(model, tmp_path / "calm", backend, checkpoint=every), tmp_path / "calm")
+    expected = tensors_of(step_folder(tmp_path / "calm" / "run", 6))
+    faults: list[tuple[str, dict[str, Any], tuple[str, int], str]] = [
+        ("term", {"step": 3, "at": "optimizer step", "do": "SIGTERM"}, ("preempted", 75), "resumed from step-3"),
+        ("kill", {"step": 5, "at": "forward and backward", "do": "SIGKILL"}, ("failed", 5), "resumed from step-"),
+        ("torn", {"step": 4, "at": "torn", "do": "SIGKILL"}, ("failed", 5), "resumed from step-2"),
+    ]
+    for name, fault, ended, line in faults:
+        folder = tmp_path / name
+        folder.mkdir()
+        values = short(model, folder, backend, checkpoint=every)
+        printed = launch(values, folder, {"rank": 1, **fault})
+        assert status(folder)[:2] == ended, (name, status(folder), printed)
+        check_goes_on(folder, values, expected, line)
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from digrap_scale.checkpoint.layout import step_folder
+from digrap_scale.checkpoint.layout import listed_files, step_folder
 from tests.distributed.ranks import run_ranks
-from tests.distributed.reshard_runs import STEPS, first, firsts, second, seconds
+from tests.distributed.reshard_runs import STEPS, first, firsts, native, second, seconds
 from tests.distributed.resume_runs import tensors_of
 
 METHODS = ("digrap", "digrap_update", "ftp")
@@ -44,6 +44,8 @@ def check_taken_up(source: Path, taken: Path) -> None:
         torch.testing.assert_close(after[key], value, atol=2e-6, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     moved = [key for key in saved if key.startswith("model.") and not torch.equal(saved[key], after[key])]
     assert len(moved) > 8, "the step did nothing"
+    omega = [key for key in saved if key.startswith("ω.")]
+    assert omega and any(not torch.equal(saved[key], after[key]) for key in omega), "ω, or what FTP learns, stood still"
 
 
 def take_up(ranks: int, sources: Path, folder: Path, pairs: list[tuple[str, str]]) -> None:
@@ -72,6 +74,18 @@ def test_two_ranks_to_one_process(tmp_path: Path) -> None:
     for name, (_, method, folder) in cases.items():
         second("single", method, folder, str(tmp_path / f"{name}-single"))
         check_taken_up(Path(folder), tmp_path / f"{name}-single")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_deepspeed_s_own_checkpoint(backend: str, tmp_path: Path) -> None:
+    """`checkpoint.deepspeed_native`: DeepSpeed's load_checkpoint brings weights and moments back, and ours lists its files."""
+    run_ranks(2, tmp_path / "ranks", native, backend, str(tmp_path / "run"))
+    saved, again = (tensors_of(step_folder(tmp_path / "run", step)) for step in (STEPS, STEPS + 1))
+    kept = [key for key in saved if key.startswith(("model.", "optimizer.")) and not key.endswith(".step")]
+    assert len(kept) > 20 and all(torch.equal(again[key], saved[key]) for key in kept)
+    files = listed_files(step_folder(tmp_path / "run", STEPS))
+    assert any(name.startswith("deepspeed/engine/") and name.endswith("optim_states.pt") for name in files)
 
 
 @pytest.mark.slow
