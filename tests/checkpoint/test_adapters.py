@@ -20,7 +20,8 @@ from digrap_scale.checkpoint.formats import open_source
 from digrap_scale.checkpoint.layout import step_folder
 from digrap_scale.errors import CheckpointError
 from tests.checkpoint.test_convert import contents, outputs
-from tests.distributed.resume_runs import run_here, values_of
+from tests.distributed.ranks import run_ranks
+from tests.distributed.resume_runs import run_all, run_here, values_of
 from tests.distributed.test_resume import LORA
 from tests.distributed.vlm_models import make_vlm
 from tests.models.tiny import save_vit
@@ -112,6 +113,26 @@ def test_a_run_s_own(frozen: bool, tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=r"frozen weights, .* are not in it .*--merge-adapter BASE"):
             call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_out_of_deepspeed_s_own(backend: str, tmp_path: Path) -> None:
+    """Two ranks' engine checkpoint, and ours beside it: the same adapter."""
+    base = save_vit(tmp_path / "vit", classes=16)
+    values = values_of(
+        base, tmp_path / "run", backend, model=LORA, training={"steps": 3}, checkpoint={"deepspeed_native": True}
+    )
+    run_ranks(2, tmp_path / "ranks", run_all, {"run": values})
+    source = step_folder(tmp_path / "run", 3)
+    ours = convert(source, tmp_path / "ours", "safetensors", verify=True)
+    theirs = convert(
+        source / "deepspeed" / "engine", tmp_path / "theirs", "safetensors", companions=source / "model", verify=True
+    )
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert (
+        len(ours) > 4 and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
 
 
 @pytest.mark.parametrize("to", ["dcp", "zero"])
