@@ -12,6 +12,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +155,32 @@ class PartsLoadPlanner(LoadPlanner):
         """Written in place."""
 
 
+WEIGHTS = "model."  # what keys of weights begin with
+_REST = "state_"  # in the names of files without weights
+
+
 class PartsWriter(dcp.FileSystemWriter):
-    """``FileSystemWriter`` into a new folder, whose error on a full disk is the system's: DCP sends the outermost one alone to
-    the other ranks."""
+    """``FileSystemWriter`` into a new folder. Weights and all else go into two files of a rank, so that whoever wants weights
+    alone reads, and checks, no moments. Its error on a full disk is the system's: DCP sends the outermost one alone to the
+    other ranks."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, overwrite=False)
         self._folder = folder
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        files: dict[str, list[WriteItem]] = {"": [], _REST: []}
+        for item in plan.items:
+            files["" if item.index.fqn.startswith(WEIGHTS) else _REST].append(item)
+        written: list[Any] = []
         try:
-            return super().write_data(plan, planner)
+            for name, items in files.items():
+                if items:
+                    prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{name}")
+                    written += super().write_data(replace(plan, items=items, storage_data=prefix), planner).wait()
+            future: torch.futures.Future[list[Any]] = torch.futures.Future()
+            future.set_result(written)
+            return future
         except RuntimeError as error:
             if (below := system_error(error, self._folder)) is not error:
                 raise below from error

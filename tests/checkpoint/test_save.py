@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from digrap_scale.checkpoint import layout
-from digrap_scale.checkpoint.dcp import StoredParts
+from digrap_scale.checkpoint.dcp import StoredParts, write_parts
 from digrap_scale.checkpoint.layout import open_checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import find_checkpoint, open_together
+from digrap_scale.checkpoint.safe_pickle import load_metadata
 from digrap_scale.checkpoint.save import Contents, Saver
 from digrap_scale.cli import main
 from digrap_scale.config.schema import CheckpointConfig
@@ -268,6 +270,28 @@ def test_the_offer_is_checked_too(two: Path) -> None:
         flip(layout.step_folder(two, step) / "dcp/__0_0.distcp")
     with pytest.raises(CheckpointError, match="no older checkpoint is whole"):
         open_together(layout.step_folder(two, 20), Ranks())
+
+
+def test_weights_have_files_of_their_own(tmp_path: Path) -> None:
+    """Who converts them reads, and hashes, no moments; both come back, also of a checkpoint with all in one file."""
+    values = {
+        "model.w": torch.arange(6.0),
+        "optimizer.state.w.exp_avg": torch.ones(6),
+        "method.previous.w": torch.zeros(6),
+    }
+    parts = [TensorPart(key, (6,), 0, 6, value) for key, value in values.items()]
+    write_parts(tmp_path / "dcp", parts, None)
+    places = load_metadata(tmp_path / "dcp").storage_data
+    assert {index.fqn: place.relative_path for index, place in places.items()} == {
+        "model.w": "__0_0.distcp",
+        "optimizer.state.w.exp_avg": "__0_state_0.distcp",
+        "method.previous.w": "__0_state_0.distcp",
+    }
+    dcp.save(values, checkpoint_id=tmp_path / "older", no_dist=True)
+    for folder in ("dcp", "older"):
+        read = [TensorPart(key, (6,), 0, 6, torch.empty(6)) for key in values]
+        StoredParts(tmp_path / folder).read(read)
+        assert all(torch.equal(part.tensor, values[part.key]) for part in read)
 
 
 def test_latest_is_never_trusted(two: Path) -> None:

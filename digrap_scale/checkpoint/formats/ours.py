@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from digrap_scale.checkpoint import layout
+from digrap_scale.checkpoint.dcp import WEIGHTS
 from digrap_scale.checkpoint.formats import dcp
 from digrap_scale.checkpoint.formats.base import Source
 from digrap_scale.checkpoint.safe_pickle import load_metadata
 from digrap_scale.errors import CheckpointError
 
-_PREFIX = "model."
 _ELSEWHERE = "frozen_elsewhere"
 
 
@@ -25,11 +25,20 @@ def read(path: Path) -> Source:
         CheckpointError: incomplete, or damaged (every byte of the files that are used is compared with its checksum).
     """
     files = layout.listed_files(path)
-    used = [name for name in files if name == layout.STATE or name.startswith((f"{layout.DCP}/", f"{layout.MODEL}/"))]
-    layout.refuse_damaged(path, layout.check_content(path, files, used))
+    small = [n for n in files if n in (layout.STATE, f"{layout.DCP}/.metadata") or n.startswith(f"{layout.MODEL}/")]
+    layout.refuse_damaged(path, layout.check_content(path, files, small))
     state = layout.read_state(path)
     metadata = load_metadata(path / layout.DCP)
-    names = {key: key.removeprefix(_PREFIX) for key in metadata.state_dict_metadata if key.startswith(_PREFIX)}
+    # Those of moments alone are not read, and so not checked.
+    used = {
+        f"{layout.DCP}/{place.relative_path}"
+        for index, place in (metadata.storage_data or {}).items()
+        if index.fqn.startswith(WEIGHTS)
+    }
+    if missing := sorted(used - files.keys()):
+        raise CheckpointError(f"{path}: {layout.DCP}/.metadata names {missing[0]}, which is none of its files")
+    layout.refuse_damaged(path, layout.check_content(path, files, sorted(used)))
+    names = {key: key.removeprefix(WEIGHTS) for key in metadata.state_dict_metadata if key.startswith(WEIGHTS)}
     wanted = {name for part in ("trained", "frozen", "buffers") for name in state.get(part, [])}
     if wanted != set(names.values()):
         lacking = sorted(wanted ^ set(names.values()))[0]
