@@ -44,7 +44,7 @@ RUNS = [  # name, source, options; later ones read what earlier ones wrote
     ("safetensors → zero, 8 ranks", "source", {"to": "zero", "world_size": 8}),
     ("dcp → safetensors", "safetensors → dcp, 8 ranks", {"to": "safetensors"}),
     ("zero → safetensors, bfloat16", "safetensors → zero, 8 ranks", {"to": "safetensors", "dtype": "bfloat16"}),
-    # A run's own: every byte is hashed, moments too, which are not converted.
+    # A run's own: what is read is hashed first.
     ("a run's, 4 ranks → safetensors", OURS, {"to": "safetensors"}),
     ("zero, 8 ranks → zero, 3 ranks", "safetensors → zero, 8 ranks", {"to": "zero", "world_size": 3}),
 ]
