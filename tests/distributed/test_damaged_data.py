@@ -47,6 +47,7 @@ def test_padded_steps_and_skipped_samples(values: dict[str, Any], tmp_path: Path
     assert lines[-1]["bad_samples"] == 2 * len(BROKEN)  # each once an epoch
 
 
+@pytest.mark.slow
 def test_one_rank_with_too_many_bad_samples_ends_all(values: dict[str, Any], tmp_path: Path) -> None:
     """The others do not wait for it until a time-out."""
     values["sharding"] = {"backend": "fsdp2"}
