@@ -50,7 +50,7 @@ def make_cases(file: Path) -> dict[str, LoraCase]:
         "ftp": LoraCase("ftp", reference="initial", options={"annealing": 0.5}),
         "l2sp": LoraCase("l2sp", options={"weight": 0.1}),
         "spd": LoraCase("spd", reference="initial", options={"weight": 0.5}),
-        "pcgrad": LoraCase("pcgrad"),
+        "pcgrad": LoraCase("pcgrad", options={}),
     }
 
 
@@ -86,7 +86,8 @@ def check(case: LoraCase, got: dict[str, Any], reference: Reference) -> None:
         torch.testing.assert_close(
             got["weights"][name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
-        assert got["strength"][name] == pytest.approx(reference.omega[name], abs=TOLERANCE), name
+        if case.method != "pcgrad":  # which has no ω: its strength is 1
+            assert got["strength"][name] == pytest.approx(reference.omega[name], abs=TOLERANCE), name
     if case.method == "ftp":
         assert max(reference.gamma.values()) > 0.02, "the run does not exercise γ"
     elif case.method in ("digrap", "digrap_update"):
@@ -98,7 +99,7 @@ def check(case: LoraCase, got: dict[str, Any], reference: Reference) -> None:
     else:
         assert got["read"] == got["opened"] == []
     kept = got["share"] if case.reference == "initial" or case.method == "digrap_update" else got["share_of_head"]
-    kept *= 2 if case.method == "ftp" else 1  # the reference, and its directions
+    kept *= 2 if case.method in ("ftp", "spd") else 1  # the reference; directions, or the weights before the step
     assert got["held"] == kept
 
 
