@@ -9,6 +9,7 @@ import torch
 
 # (name, start, stop) → elements [start, stop) of the flattened tensor of that name: [stop − start].
 Slices = Callable[[str, int, int], torch.Tensor]
+WEIGHTS = "model."  # what the key of a weight begins with in a checkpoint
 IGNORED = -100  # torch's and transformers' label of a token that carries no loss
 SHARED_ELEMENTS = 1 << 16  # a replicated tensor below is one rank's alone to write
 

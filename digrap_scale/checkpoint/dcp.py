@@ -43,7 +43,7 @@ from digrap_scale.checkpoint.atomic import system_error
 from digrap_scale.checkpoint.boxes import boxes_of
 from digrap_scale.checkpoint.safe_pickle import SafeReader, load_metadata
 from digrap_scale.errors import CheckpointError
-from digrap_scale.types import TensorPart
+from digrap_scale.types import WEIGHTS, TensorPart
 
 
 def write_item(
@@ -155,7 +155,6 @@ class PartsLoadPlanner(LoadPlanner):
         """Written in place."""
 
 
-WEIGHTS = "model."  # what keys of weights begin with
 _REST = "state_"  # in the names of files without weights
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from digrap_scale.compare.grid import Trial
-from digrap_scale.compare.results import Comparison, Row
+from digrap_scale.compare.results import Comparison, Row, shown_runs
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.layers import read_layers
+from digrap_scale.evaluation.strength import read_lines
 from digrap_scale.evaluation.suite import SuiteResult
 from digrap_scale.training.environment import ENVIRONMENT_FILE
 
@@ -52,11 +52,8 @@ def curve(comparison: Comparison) -> dict[str, dict[str, list[dict[str, float]]]
 
 def environment(comparison: Comparison) -> dict[str, Any]:
     """Versions, platform, device and git state of the first run; {} where none has told."""
-    for row in comparison.rows:
-        for trials in row.trials.values():
-            for trial in trials.values():
-                return _environment(trial.folder / "run")
-    return {}
+    runs_of_domains = list(shown_runs(comparison).values())
+    return _environment(runs_of_domains[0][0][1]) if runs_of_domains else {}
 
 
 def _trial(row: Row, domain: str, seed: int | None) -> Trial | None:
@@ -79,11 +76,11 @@ def _distance(run: Path) -> float | None:
 
 
 def _environment(run: Path) -> dict[str, Any]:
-    try:
-        lines = (run / ENVIRONMENT_FILE).read_text(encoding="utf-8").splitlines()
-        told: dict[str, Any] = json.loads(lines[-1])
-    except FileNotFoundError:
+    path = run / ENVIRONMENT_FILE
+    lines = [line for _, line in read_lines(path)]
+    if not lines:
+        if path.is_file():
+            raise ConfigError(f"{path}: has no whole line; delete the trial's folder")
         return {}
-    except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"{run / ENVIRONMENT_FILE}: cannot be read ({error}); delete the trial's folder") from None
+    told = lines[-1]  # of the last start
     return {key: told[key] for key in ("versions", "platform", "device", "git") if key in told}

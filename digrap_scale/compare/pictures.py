@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from digrap_scale.compare.load import WISE_FT
-from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, score
+from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, score, shown_runs
 from digrap_scale.compare.statistics import mean_and_error
 from digrap_scale.evaluation.layers import LayerHistory, read_layers
 from digrap_scale.evaluation.plots import COLOURS, INK, MARKERS, clean, label_groups, layer_groups, png, strength_maps
@@ -25,7 +25,7 @@ def draw(comparison: Comparison) -> dict[str, bytes]:
     files = {"id_ood.png": id_against_ood(comparison)}
     if (sensitivity := sensitivity_panels(comparison)) is not None:
         files["sensitivity.png"] = sensitivity
-    runs = _shown_runs(comparison)
+    runs = shown_runs(comparison)
     for domain, rows in runs.items():
         suffix = f"-{number}" if (number := list(runs).index(domain)) else ""
         files |= {f"{name}{suffix}.png": picture for name, picture in _of_layers(domain, rows).items()}
@@ -157,16 +157,6 @@ def _baseline_ood(comparison: Comparison) -> float | None:
         if point.domain not in best or fmean(point.validation) > fmean(best[point.domain].validation):
             best[point.domain] = point
     return fmean(point.mean(*_OOD) for point in best.values()) if best else None
-
-
-def _shown_runs(comparison: Comparison) -> dict[str, list[tuple[str, Any]]]:
-    """Domain → (method, folder of its run with the first seed)."""
-    found: dict[str, list[tuple[str, Any]]] = {}
-    for row in comparison.rows:
-        for domain, trials in row.trials.items():
-            if trials:
-                found.setdefault(domain, []).append((row.name, next(iter(trials.values())).folder / "run"))
-    return found
 
 
 def _of_layers(domain: str, runs: Sequence[tuple[str, Any]]) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from digrap_scale.checkpoint.atomic import save_error, write_file
 from digrap_scale.compare import cost, numbers
 from digrap_scale.compare.grid import describe_setting
-from digrap_scale.compare.results import Comparison
+from digrap_scale.compare.results import Comparison, shown_runs
 from digrap_scale.compare.table import Cell, Table, markdown, stored
 
 FORMAT_VERSION = 1
@@ -99,7 +99,7 @@ def _costs_markdown(comparison: Comparison) -> list[str]:
 def caption_of(name: str, comparison: Comparison) -> str:
     """A picture's caption, by its file's name: pictures of one domain tell which."""
     kind, _, number = name.removesuffix(".png").partition("-")
-    domains = list(dict.fromkeys(domain for row in comparison.rows for domain, trials in row.trials.items() if trials))
+    domains = list(shown_runs(comparison))
     if kind not in PICTURES_OF_A_DOMAIN or len(domains) < 2:
         return CAPTIONS[kind]
     return f"{domains[int(number or 0)]}: {CAPTIONS[kind]}"

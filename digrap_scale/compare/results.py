@@ -114,6 +114,16 @@ class Comparison:
     costs: dict[str, Cost] = field(default_factory=dict)
 
 
+def shown_runs(comparison: Comparison) -> dict[str, list[tuple[str, Path]]]:
+    """Domain → (method, folder of its run with the first seed); domains in the order of their pictures."""
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for row in comparison.rows:
+        for domain, trials in row.trials.items():
+            if trials:
+                found.setdefault(domain, []).append((row.name, next(iter(trials.values())).folder / "run"))
+    return found
+
+
 def score(result: SuiteResult, shifts: Sequence[str]) -> float:
     """Mean accuracy over the test sets with one of these shifts. There must be one."""
     return fmean(one.accuracy for one in result.sets.values() if one.shift in shifts)

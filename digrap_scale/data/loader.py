@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from digrap_scale.data.order import hashed
 from digrap_scale.data.reading import decode_sample
 from digrap_scale.data.shards import ShardSet
-from digrap_scale.data.sources import Located, Source, Sources
+from digrap_scale.data.sources import Located, Source, Sources, left_out_of
 from digrap_scale.data.splitting import Cursor, Remainder, Split, eval_batches, eval_spans
 from digrap_scale.data.tar import SampleError, ShardReader
 from digrap_scale.data.tasks.base import Task
@@ -206,7 +206,7 @@ class TrainingLoader(Iterable[Batch]):
         self._cursor = batches.split.first()
         self._world_size = batches.split.world_size
         # What the shards' scan has left out counts once, on rank 0: the ranks' numbers are summed.
-        left_out = [problem for source in batches.sources.sources for problem in source.shards.skipped]
+        left_out = left_out_of(batches.sources.sources)
         if len(left_out) > max_bad_samples:
             raise _too_many(max_bad_samples, left_out[-1])
         self.bad_samples = len(left_out) if batches.rank == 0 else 0

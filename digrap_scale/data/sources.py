@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,11 @@ class Located:
     shard: int
     index: int
     epoch: int
+
+
+def left_out_of(sources: Iterable[Source]) -> list[str]:
+    """What the scans of their shards have left out, a line each."""
+    return [problem for source in sources for problem in source.shards.skipped]
 
 
 class Sources:

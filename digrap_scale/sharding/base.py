@@ -99,6 +99,7 @@ class Backend:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._trained = trained_parameters(model, optimizer)
+        self._trained_ids = {id(parameter) for _, parameter, _ in self._trained}
         self.hooked: list[Optimizer] = [optimizer]
         self.specs: list[ShardSpec] = [self.spec(name, parameter) for name, parameter, _ in self._trained]
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -249,10 +250,9 @@ class Backend:
     def check_optimizer(self) -> None:
         """Raises: ConfigError: the optimizer steps a parameter that it did not train when this was made: it would escape
         projection, clipping and skipped steps."""
-        known = {id(parameter) for _, parameter, _ in self._trained}
         for group in self.hooked[0].param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) not in known:
+                if parameter.grad is not None and id(parameter) not in self._trained_ids:
                     raise ConfigError(
                         f"the optimizer steps a parameter of shape {tuple(parameter.shape)} that it did not train when "
                         "attach() was called; call detach(), and attach() again, after adding or unfreezing parameters"

@@ -16,9 +16,9 @@ from digrap_scale.errors import CheckpointError
 from digrap_scale.sharding.adam import add_state
 from digrap_scale.sharding.base import STEP, Backend, unwrapped_name
 from digrap_scale.sharding.engine import Engine
-from digrap_scale.types import ShardSpec, TensorPart, own_interval
+from digrap_scale.types import WEIGHTS, ShardSpec, TensorPart, own_interval
 
-MODEL, STATE = "model.", "optimizer.state."
+STATE = "optimizer.state."
 
 
 def part_of(backend: Backend, spec: ShardSpec, key: str, tensor: torch.Tensor) -> TensorPart:
@@ -29,7 +29,7 @@ def part_of(backend: Backend, spec: ShardSpec, key: str, tensor: torch.Tensor) -
 def trained_parts(backend: Backend) -> list[TensorPart]:
     """The weights that the optimizer steps; the tensors alias them."""
     return [
-        part_of(backend, spec, MODEL + spec.name, weight)
+        part_of(backend, spec, WEIGHTS + spec.name, weight)
         for spec, weight in zip(backend.specs, backend.weights(), strict=True)
     ]
 
@@ -45,7 +45,7 @@ def frozen_parts(engine: Engine, backend: Backend) -> list[TensorPart]:
         spec, local = backend.frozen(name, parameter)
         start, stop = own_interval(spec.start, spec.stop, *backend.copies(spec))
         values = engine.frozen_values(name, start, stop, local[start - spec.start : stop - spec.start])
-        parts.append(TensorPart(MODEL + name, spec.shape, start, stop, values))
+        parts.append(TensorPart(WEIGHTS + name, spec.shape, start, stop, values))
     return parts
 
 
@@ -53,7 +53,7 @@ def buffer_parts(engine: Engine) -> list[TensorPart]:
     """The buffers that the model's state has; they are whole on every rank."""
     rank, ranks = _copies_everywhere()
     return [
-        TensorPart(MODEL + name, tuple(buffer.shape), 0, buffer.numel(), buffer.reshape(-1), rank, ranks)
+        TensorPart(WEIGHTS + name, tuple(buffer.shape), 0, buffer.numel(), buffer.reshape(-1), rank, ranks)
         for name, buffer in engine.saved_buffers().items()
     ]
 
@@ -67,7 +67,7 @@ def load_buffers(engine: Engine, parts: Iterable[TensorPart]) -> None:
     """Put the values of ``buffer_parts``, filled, into the model."""
     buffers = engine.saved_buffers()
     for part in parts:
-        buffer = buffers[part.key.removeprefix(MODEL)]
+        buffer = buffers[part.key.removeprefix(WEIGHTS)]
         buffer.copy_(part.tensor.view(buffer.shape))
 
 

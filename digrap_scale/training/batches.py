@@ -17,7 +17,7 @@ from digrap_scale.data.hold_out import held_rows, join, split
 from digrap_scale.data.loader import MAX_SHOWN_SKIPS, TrainingLoader, build_training_loader
 from digrap_scale.data.plan import describe_shares, worker_shares
 from digrap_scale.data.shards import ShardSet
-from digrap_scale.data.sources import Source
+from digrap_scale.data.sources import Source, left_out_of
 from digrap_scale.data.splitting import Split
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.sharding.engine import Engine, portions
@@ -150,7 +150,7 @@ def describe_data(config: Config, world_size: int) -> list[str]:
 
 def skipped_lines(sources: list[Source]) -> list[str]:
     """What was found broken in the shards and is left out, a line each; empty if nothing was."""
-    problems = [problem for source in sources for problem in source.shards.skipped]
+    problems = left_out_of(sources)
     more = len(problems) - MAX_SHOWN_SKIPS
     return [f"skipped: {problem}" for problem in problems[:MAX_SHOWN_SKIPS]] + (
         [f"skipped: … and {more} more problems of the shards"] if more > 0 else []

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from digrap_scale.errors import DigrapError, PeerError, brief, complain
+from digrap_scale.training.status import EXIT_TERMINATED
 
 _LONGEST_PERIOD_S = 5.0
 _FAILED = "failed|"
 _AGREE_S, _AGREE_PERIOD_S = 5.0, 0.25
-_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class StopRequest:
@@ -55,7 +55,7 @@ class StopRequest:
         yield
         self._deferred = False
         if self.wanted:
-            sys.exit(_EXIT_TERMINATED)
+            sys.exit(EXIT_TERMINATED)
 
     def hold(self) -> None:
         """From here on it is a flag: this process is about to say what ended it."""
@@ -64,7 +64,7 @@ class StopRequest:
     def _note(self, *_: object) -> None:
         self.wanted = True
         if not self._deferred:
-            sys.exit(_EXIT_TERMINATED)
+            sys.exit(EXIT_TERMINATED)
 
 
 class Store(Protocol):

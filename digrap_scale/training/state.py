@@ -21,7 +21,6 @@ from digrap_scale.errors import CheckpointError
 from digrap_scale.projector import Projector
 from digrap_scale.reference.identity import reference_identity
 from digrap_scale.sharding.parts import (
-    MODEL,
     OptimizerLoading,
     buffer_parts,
     describe_engine,
@@ -34,7 +33,7 @@ from digrap_scale.sharding.parts import (
 from digrap_scale.training.build_run import BuiltRun
 from digrap_scale.training.final import save_small_files
 from digrap_scale.training.setup import Place, seed_everything
-from digrap_scale.types import TensorPart
+from digrap_scale.types import WEIGHTS, TensorPart
 
 PREVIOUS = "method.previous."
 _PACKAGES = {"digrap_scale": "digrap-scale", **{name: name for name in ("torch", "transformers", "peft", "deepspeed")}}
@@ -200,7 +199,7 @@ def _refuse_other_base(folder: Path, live: list[TensorPart], stored: list[Tensor
     for ours, saved in zip(live, stored, strict=True):
         # Bit for bit: a NaN is not equal to itself.
         if not torch.equal(ours.tensor.view(torch.uint8), saved.tensor.view(torch.uint8)):
-            name = ours.key.removeprefix(MODEL)
+            name = ours.key.removeprefix(WEIGHTS)
             raise CheckpointError(
                 f"{folder}: the frozen weight {name} differs from that of model.path; resume with the model of then"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ STATUS_FILE = "status.json"
 DONE = "done"
 _EXIT_FAILED = 1
 _EXIT_INTERRUPTED = 130
-_EXIT_TERMINATED = 143
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 State = Literal["running", "done", "failed", "preempted"]
 
@@ -54,7 +55,7 @@ def outcome_of(error: BaseException | None) -> tuple[State, int, str]:
         code = error.code if isinstance(error.code, int) else _EXIT_FAILED if error.code else 0
         if code:
             terminated = "ended by SIGTERM outside of training"
-            return "failed", code, terminated if code == _EXIT_TERMINATED else f"exit code {code}"
+            return "failed", code, terminated if code == EXIT_TERMINATED else f"exit code {code}"
         error = None
     if error is None:
         return "done", 0, ""

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from digrap_scale.config import Config
+from digrap_scale.config.schema import REFERENCE_WORDS
 from digrap_scale.data.check import check_data
 from digrap_scale.data.classes import load_classes
 from digrap_scale.errors import CheckpointError, ConfigError
@@ -18,8 +19,6 @@ from digrap_scale.sharding.deepspeed_json import json_problems
 from digrap_scale.training.batches import count_steps, describe_data, open_training_data
 from digrap_scale.training.class_answers import class_answer_problems
 from digrap_scale.training.trackers import missing_trackers
-
-_WORDS = ("pretrained", "initial", "zero")
 
 
 def validate(config: Config, world_size: int | None = None) -> list[str]:
@@ -72,7 +71,7 @@ def find_problems(config: Config) -> list[str]:
 
 def _missing_reference(config: Config) -> list[str]:
     source = config.reference.source
-    if source in _WORDS or Path(source).exists():
+    if source in REFERENCE_WORDS or Path(source).exists():
         return []
     return [f"reference.source: {source}: does not exist; expected a folder, a .safetensors file or its index"]
 
@@ -83,7 +82,7 @@ def check_reference(config: Config) -> None:
     Raises:
         CheckpointError: it holds no safetensors, or damaged ones.
     """
-    if config.reference.source in _WORDS:
+    if config.reference.source in REFERENCE_WORDS:
         return
     try:
         SafetensorsReader(config.reference.source)

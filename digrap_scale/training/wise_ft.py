@@ -13,6 +13,7 @@ import torch
 
 from digrap_scale.checkpoint.interpolate import mix
 from digrap_scale.config import Config
+from digrap_scale.config.schema import REFERENCE_WORDS
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow
 from digrap_scale.reference.names import tied_aliases
@@ -85,7 +86,7 @@ class _Interpolation:
 @contextmanager
 def _interpolating(run: BuiltRun, backend: Backend, config: Config) -> Iterator[_Interpolation]:
     source = config.reference.source
-    path = run.built.checkpoint_folder if source in ("pretrained", "initial", "zero") else source
+    path = run.built.checkpoint_folder if source in REFERENCE_WORDS else source
     module = run.engine.module
     aliases = {
         unwrapped_name(name): [unwrapped_name(alias) for alias in names] for name, names in tied_aliases(module).items()

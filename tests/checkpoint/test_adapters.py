@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
@@ -19,25 +19,11 @@ from digrap_scale.checkpoint.diff import diff
 from digrap_scale.checkpoint.formats import open_source
 from digrap_scale.checkpoint.layout import step_folder
 from digrap_scale.errors import CheckpointError
-from tests.checkpoint.test_convert import contents, outputs
+from tests.checkpoint.test_convert import adapted, contents, outputs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.resume_runs import run_all, run_here, values_of
 from tests.distributed.test_resume import LORA
-from tests.distributed.vlm_models import make_vlm
 from tests.models.tiny import save_vit
-
-
-def adapted(kind: str, folder: Path, **options: Any) -> PeftModel:
-    """A model with an adapter that does something; its base is in ``base``, its adapter, as PEFT saves it, in ``adapter``."""
-    model = make_vlm(kind)
-    model.save_pretrained(folder / "base")
-    wrapped = get_peft_model(model, LoraConfig(r=4, **options))
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
-    wrapped.save_pretrained(folder / "adapter")
-    return wrapped
 
 
 @pytest.mark.parametrize("frozen", [True, False])

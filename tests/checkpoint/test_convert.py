@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from digrap_scale.checkpoint import layout
@@ -124,6 +125,19 @@ def outputs(model: torch.nn.Module, kind: str) -> torch.Tensor:
     return found.logits_per_image if kind == "clip" else found.logits
 
 
+def adapted(kind: str, folder: Path, **options: Any) -> PeftModel:
+    """A model with an adapter that does something; its base is in ``base``, its adapter, as PEFT saves it, in ``adapter``."""
+    model = make_vlm(kind)
+    model.save_pretrained(folder / "base")
+    wrapped = get_peft_model(model, LoraConfig(r=4, **options))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    wrapped.save_pretrained(folder / "adapter")
+    return wrapped
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_opens_the_result(tmp_path: Path, kind: str) -> None:
     """Hugging Face → ZeRO-3 for two ranks → DCP → sharded Hugging Face: identical logits in plain transformers."""
@@ -151,40 +165,23 @@ def test_transformers_opens_the_result(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_merged_adapter_is_peft_s(tmp_path: Path, kind: str, targets: list[str], options: dict[str, Any]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = make_vlm(kind)
-    model.save_pretrained(tmp_path / "base")
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
-    adapted.save_pretrained(tmp_path / "adapter")
+    wrapped = adapted(kind, tmp_path, lora_alpha=8, target_modules=targets, **options)
     path = convert(tmp_path / "adapter", tmp_path / "out", "safetensors", merge_into=tmp_path / "base", verify=True)
-    found = outputs(type(model).from_pretrained(path), kind)
-    torch.testing.assert_close(found, outputs(adapted, kind), rtol=1e-5, atol=1e-5)
-    assert torch.equal(found, outputs(adapted.merge_and_unload(), kind))
+    found = outputs(type(wrapped.get_base_model()).from_pretrained(path), kind)
+    torch.testing.assert_close(found, outputs(wrapped, kind), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, outputs(wrapped.merge_and_unload(), kind))
 
 
 def test_training_checkpoint_with_its_adapter_is_merged(tmp_path: Path) -> None:
     """Base and adapter in one checkpoint, under PEFT's names, as a run or a DeepSpeed engine saves them."""
-    from peft import LoraConfig, get_peft_model
-
-    model = make_vlm("clip")
-    options = {"target_modules": ["q_proj", "position_embedding"], "modules_to_save": ["text_projection"]}
-    adapted = get_peft_model(model, LoraConfig(r=4, **options))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
-    adapted.save_pretrained(tmp_path / "adapter")
-    dcp.save({"model": adapted.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    targets = ["q_proj", "position_embedding"]
+    wrapped = adapted("clip", tmp_path, target_modules=targets, modules_to_save=["text_projection"])
+    dcp.save({"model": wrapped.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     with pytest.raises(CheckpointError, match="adapter_config.json"):
         convert(tmp_path / "dcp", tmp_path / "out", "safetensors", merge_into="")
     arguments = ["convert", str(tmp_path / "dcp"), str(tmp_path / "out"), "--to", "safetensors", "--merge-adapter"]
     assert main([*arguments, "--companions", str(tmp_path / "adapter")]) == 0
-    assert_same(contents(tmp_path / "out"), dict(adapted.merge_and_unload().state_dict()))
+    assert_same(contents(tmp_path / "out"), dict(wrapped.merge_and_unload().state_dict()))
     assert not (tmp_path / "out" / "adapter_config.json").exists()  # else transformers takes it for an adapter
     with pytest.raises(CheckpointError, match="adapter named default"):
         convert(
@@ -193,8 +190,6 @@ def test_training_checkpoint_with_its_adapter_is_merged(tmp_path: Path) -> None:
 
 
 def test_adapter_stays_an_adapter(tmp_path: Path) -> None:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     model = get_peft_model(make_vlm("llava"), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     path = convert(tmp_path / "adapter", tmp_path / "out", "safetensors", dtype="bfloat16")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from digrap_scale.checkpoint import layout
-from digrap_scale.checkpoint.dcp import WEIGHTS
 from digrap_scale.checkpoint.formats import dcp
 from digrap_scale.checkpoint.formats.base import Source
 from digrap_scale.checkpoint.safe_pickle import load_metadata
 from digrap_scale.errors import CheckpointError
+from digrap_scale.types import WEIGHTS
 
 _ELSEWHERE = "frozen_elsewhere"
 

@@ -12,6 +12,7 @@ from .data import DataConfig, HoldOutConfig
 from .evaluation import EvaluationConfig, GenerationConfig, ShiftDegreeConfig, SuiteEntry
 from .logging import LoggingConfig, MlflowConfig, ProfilerConfig, WandbConfig
 from .method import (
+    REFERENCE_WORDS,
     DiGraPMethod,
     DiGraPUpdateMethod,
     FTPMethod,
@@ -31,6 +32,7 @@ from .sharding import ShardingConfig, ZeroConfig
 from .training import CheckpointConfig, TrainingConfig
 
 __all__ = [
+    "REFERENCE_WORDS",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -120,6 +120,9 @@ MethodConfig = Annotated[
 ]
 
 
+REFERENCE_WORDS = ("pretrained", "initial", "zero")  # of ``reference.source``: what is no path
+
+
 class ReferenceConfig(Section):
     """The pre-trained weights θ₀ that the method looks back at."""
 
