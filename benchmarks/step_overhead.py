@@ -14,8 +14,9 @@ Cases:
 
 The plain step and the step with the method are taken in turn on the same weights, gradients and moments, and the medians
 are compared, so that a machine whose speed drifts still gives a ratio that holds. Half of the layers are in conflict and ω
-is set to 0.5, so that the projection has work to do. GB/s counts the bytes that a step must move. Read the ratios; times
-mean little on a shared machine.
+is set to 0.5, so that the projection has work to do. GB/s counts the bytes that a step must move. The floor is AdamW's own
+time and a plain read (a sum, taken in turn with the steps) of as many bytes as the method must read beside it. Read the
+ratios; times mean little on a shared machine.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import digrap_scale
 
 WIDTH = 1024
 ADAM_BYTES, STATISTICS_BYTES, PROJECTION_BYTES = 28, 18, 14  # a parameter: read and written
+PROJECTION_READS, FUSED_READS = 10, 2  # of a parameter in conflict: g, θ, θ₀; θ₀ alone, in AdamW's pass
 CASES = ("separate", "fused", "backward", "stream", "update", "naive")
 
 
@@ -81,18 +83,23 @@ def make_gradients(model: nn.Module) -> None:
         parameter.grad.add_(parameter.detach(), alpha=-1e-3 if index // 2 % 2 else 1e-3)
 
 
-def alternate(plain: Callable[[], None], other: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """Median seconds of the two, taken in turn; ``other`` times itself. The first rounds compile and allocate."""
-    times: tuple[list[float], list[float]] = ([], [])
+def alternate(
+    plain: Callable[[], None], other: Callable[[], float], read: Callable[[], object], rounds: int
+) -> tuple[float, float, float]:
+    """Median seconds of the three, taken in turn; ``other`` times itself. The first rounds compile and allocate."""
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(rounds + 2):
-        for kept, action in zip(times, (lambda: seconds(plain), other), strict=True):
+        for kept, action in zip(times, (lambda: seconds(plain), other, lambda: seconds(read)), strict=True):
             if dist.is_initialized():
                 dist.barrier()
             kept.append(action())
-    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
+    base, full, reading = (statistics.median(kept[2:]) for kept in times)
+    return base, full, reading
 
 
-def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_size: int, kernels: str) -> None:
+def measure(
+    case: str, model: nn.Module, reference: Path, rounds: int, world_size: int, kernels: str, plain_read: torch.Tensor
+) -> None:
     make_gradients(model)
     parameters = list(model.parameters())
     with_method = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -100,8 +107,8 @@ def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_siz
     plain.state = with_method.state  # one set of moments for both
     if case == "naive":
         naive = NaiveDiGraP(parameters, lr=1e-5, strength_lr=1e-2)
-        base, full = alternate(lambda: _step(plain), lambda: seconds(naive.step), rounds)
-        report(case, world_size, parameters, base, full, None, "")
+        base, full, _ = alternate(lambda: _step(plain), lambda: seconds(naive.step), plain_read.sum, rounds)
+        report(case, world_size, parameters, base, full, None, None, "")
         return
     projector = digrap_scale.attach(
         model,
@@ -121,17 +128,25 @@ def measure(case: str, model: nn.Module, reference: Path, rounds: int, world_siz
                 projector._early._gradient_is_there(layer)
         return seconds(with_method.step)
 
-    base, full = alternate(lambda: _step(plain), step, rounds)
-    conflicts = projector.report.conflict_rate
+    base, full, reading = alternate(lambda: _step(plain), step, plain_read.sum, rounds)
+    sizes_L = torch.tensor([local(p).numel() for p in parameters])
+    elements = int(sizes_L.sum())
+    conflicts = float(sizes_L[projector.method.conflict().cpu()].sum()) / elements
     moved = {
         "fused": STATISTICS_BYTES + ADAM_BYTES + 2 * conflicts,
         "backward": ADAM_BYTES + 2 * conflicts,
         "separate": STATISTICS_BYTES + PROJECTION_BYTES * conflicts + ADAM_BYTES,
     }.get(case)
-    elements = sum(local(p).numel() for p in parameters)
+    reads = {
+        "fused": STATISTICS_BYTES + FUSED_READS * conflicts,
+        "backward": FUSED_READS * conflicts,
+        "separate": STATISTICS_BYTES + PROJECTION_READS * conflicts,
+    }.get(case)
+    bytes_per_second = plain_read.numel() * plain_read.element_size() / reading
+    floor = None if reads is None else 1 + reads * elements / bytes_per_second / base
     extra = sum(t.numel() * t.element_size() for t in projector.held_tensors()) / elements
     notes = f"{projector.method.kernels.name} kernels, extra memory {extra:4.2f} B, conflicts {conflicts:.0%}"
-    report(case, world_size, parameters, base, full, moved, notes)
+    report(case, world_size, parameters, base, full, moved, floor, notes)
     projector.detach()
 
 
@@ -146,14 +161,17 @@ def report(
     base: float,
     full: float,
     moved: float | None,
+    floor: float | None,
     notes: str,
 ) -> None:
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     elements = sum(local(p).numel() for p in parameters)
     speed = "" if moved is None else f"{moved * elements / full / 1e9:5.1f} GB/s"
+    bound = "" if floor is None else f"(floor {floor:4.2f})"
     print(
-        f"{case:9s} ratio {full / base:5.2f}   AdamW {base * 1e3:7.1f} ms ({ADAM_BYTES * elements / base / 1e9:4.1f} GB/s)  "
+        f"{case:9s} ratio {full / base:5.2f} {bound:12s}  "
+        f"AdamW {base * 1e3:7.1f} ms ({ADAM_BYTES * elements / base / 1e9:4.1f} GB/s)  "
         f"with method {full * 1e3:7.1f} ms {speed:11s}  {world_size} process(es), {len(parameters)} layers, "
         f"{elements / 1e6:.1f} M parameters each  {notes}",
         flush=True,
@@ -174,9 +192,10 @@ def main() -> None:
     if world_size > 1:
         dist.init_process_group()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    size = min(int(options.millions * 1e6) // world_size, 100_000_000)
+    copy, read = copy_gigabytes_per_second(size), read_gigabytes_per_second(size)  # all ranks at once, as in a step
+    plain_read = torch.ones(size)
     if rank == 0:
-        size = min(int(options.millions * 1e6), 100_000_000)
-        copy, read = copy_gigabytes_per_second(size), read_gigabytes_per_second(size)
         print(f"plain copy {copy:.1f} GB/s, plain read {read:.1f} GB/s", flush=True)
     torch.manual_seed(0)
     model = make_model(options.millions, options.layers)
@@ -191,7 +210,7 @@ def main() -> None:
             fully_shard(model)
         for case in options.cases:
             if case != "naive" or world_size == 1:
-                measure(case, model, Path(folder), options.rounds, world_size, options.kernels)
+                measure(case, model, Path(folder), options.rounds, world_size, options.kernels, plain_read)
     if world_size > 1:
         dist.destroy_process_group()
 
