@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -150,6 +151,7 @@ def _children() -> Iterator[Start]:
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     env={**own_environment(), **environment},
+                    start_new_session=True,  # a terminal's Ctrl-C is for us, who ask it to stop and save
                 )
                 running.add(process)
             try:
@@ -162,23 +164,41 @@ def _children() -> Iterator[Start]:
     except BaseException:
         with lock:
             closed.set()
-        for process in list(running):
-            process.terminate()
-        for process in list(running):
-            try:
-                process.wait(_PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        _stop(list(running))
         raise
 
 
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask them to stop, which saves their state; who has no end in ``_PATIENCE_S``, or is interrupted again, is killed."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _PATIENCE_S
+    try:
+        for process in processes:
+            process.wait(max(0.1, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # a launcher's ranks with it: each has a session of its own
+
+
 def run_command(command: list[str], log: str, environment: dict[str, str]) -> int:
-    """What a job of the cluster does: the command, its output in ``log``; its exit code."""
+    """What a job of the cluster does: the command, its output in ``log``; its exit code. A cancelled job's command is asked
+    to stop first."""
     with open(log, "ab") as stream:
-        done = subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, env={**own_environment(), **environment}, check=False
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**own_environment(), **environment},
+            start_new_session=True,
         )
-    return done.returncode
+        try:
+            return process.wait()
+        except BaseException:
+            _stop([process])
+            raise
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def spaces(grid: GridConfig) -> dict[str, Space]:
     """Method → its search space. Of a grid with more than ``budget`` settings as many are drawn, the same whenever asked."""
     found = {}
     for name, entry in grid.methods.items():
-        values = {**grid.shared_search, **entry.search}
+        values = {key: [_frozen(v) for v in chosen] for key, chosen in {**grid.shared_search, **entry.search}.items()}
         whole = [tuple(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
         drawn = sorted(permutation("digrap-compare", len(whole))[: grid.budget].tolist())
         found[name] = Space(values, [whole[i] for i in drawn], len(whole))
@@ -179,6 +179,11 @@ def _refuse_incomparable(config: Config, where: str) -> None:
         problems.append("evaluation.suite: expected a test set with shift `near` or `far`, found none")
     if problems:
         raise ConfigError([f"{where}: {problem}" for problem in problems])
+
+
+def _frozen(value: Any) -> Any:
+    """A list as a tuple: settings are looked up by their values."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _inline(value: Any) -> str:

@@ -96,8 +96,9 @@ def _cross_field(grid: GridConfig) -> Iterable[tuple[Path, str]]:
             yield (key,) if key == "seeds" else ("wise_ft", key), "expected each value once, found one again"
     if grid.search_seeds > len(grid.seeds):
         yield ("search_seeds",), f"expected at most the {len(grid.seeds)} of `seeds`, found {grid.search_seeds}"
-    for key in grid.shared_search:
+    for key, values in grid.shared_search.items():
         yield from _common(key, ("shared_search", key))
+        yield from _values(values, ("shared_search", key))
     for name, entry in grid.methods.items():
         where: Path = ("methods", name)
         if name in (WISE_FT, ZERO_SHOT):
@@ -105,14 +106,24 @@ def _cross_field(grid: GridConfig) -> Iterable[tuple[Path, str]]:
         for part, keys in (("overrides", entry.overrides), ("search", entry.search)):
             for key in keys:
                 yield from _common(key, (*where, part, key))
-        for key in entry.search:
-            if key in grid.shared_search:
-                yield (*where, "search", key), "expected it in `shared_search` or here, found it in both"
+                if key in grid.shared_search:
+                    yield (*where, part, key), "expected it in `shared_search` or here, found it in both"
+        for key, values in entry.search.items():
+            yield from _values(values, (*where, "search", key))
             if key == "optimizer.learning_rate":
                 yield (
                     (*where, "search", key),
                     "expected the learning rate in `shared_search`: its range is that of all methods",
                 )
+
+
+def _values(values: list[Any], where: Path) -> Iterable[tuple[Path, str]]:
+    for number, value in enumerate(values):
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict) for part in value)):
+            yield (
+                (*where, number),
+                "expected a number, a text or a list, found a mapping; search its keys, or add a method",
+            )
 
 
 def _common(key: str, where: Path) -> Iterable[tuple[Path, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from digrap_scale.compare.grid import Trial
-from digrap_scale.compare.results import Comparison, Row, shown_runs
+from digrap_scale.compare.results import Comparison, Row
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.layers import read_layers
 from digrap_scale.evaluation.strength import read_lines
@@ -51,9 +51,18 @@ def curve(comparison: Comparison) -> dict[str, dict[str, list[dict[str, float]]]
 
 
 def environment(comparison: Comparison) -> dict[str, Any]:
-    """Versions, platform, device and git state of the first run; {} where none has told."""
-    runs_of_domains = list(shown_runs(comparison).values())
-    return _environment(runs_of_domains[0][0][1]) if runs_of_domains else {}
+    """Versions, platform, device and git state of the first run, and every commit that a run of the tables was made at; {}
+    where none has told."""
+    told = [
+        _environment(trial.folder / "run")
+        for row in comparison.rows
+        for of_domain in row.trials.values()
+        for trial in of_domain.values()
+    ]
+    told = [one for one in told if one]
+    states = [(one.get("git") or {}).get("package") or {} for one in told]
+    commits = sorted({state["commit"] for state in states if "commit" in state})
+    return {**told[0], "commits": commits} if told else {}
 
 
 def _trial(row: Row, domain: str, seed: int | None) -> Trial | None:
@@ -83,4 +92,4 @@ def _environment(run: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: has no whole line; delete the trial's folder")
         return {}
     told = lines[-1]  # of the last start
-    return {key: told[key] for key in ("versions", "platform", "device", "git") if key in told}
+    return {key: told[key] for key in ("versions", "platform", "processor", "cores", "device", "git") if key in told}

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from digrap_scale.compare.load import WISE_FT
-from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, score, shown_runs
+from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, score, shown_runs, whole
 from digrap_scale.compare.statistics import mean_and_error
 from digrap_scale.evaluation.layers import LayerHistory, read_layers
 from digrap_scale.evaluation.plots import COLOURS, INK, MARKERS, clean, label_groups, layer_groups, png, strength_maps
@@ -22,7 +22,7 @@ _OOD = ("near", "far")
 
 def draw(comparison: Comparison) -> dict[str, bytes]:
     """File name → picture, of all that the trials have told enough for."""
-    files = {"id_ood.png": id_against_ood(comparison)}
+    files = {"id_ood.png": id_against_ood(comparison)} if whole(comparison) else {}
     if (sensitivity := sensitivity_panels(comparison)) is not None:
         files["sensitivity.png"] = sensitivity
     runs = shown_runs(comparison)
@@ -33,10 +33,13 @@ def draw(comparison: Comparison) -> dict[str, bytes]:
 
 
 def id_against_ood(comparison: Comparison) -> bytes:
-    """Mean ID against mean OOD accuracy, ± standard error over seeds; WiSE-FT's α as a curve. Up and right is better."""
+    """Mean ID against mean OOD accuracy, ± standard error over seeds; WiSE-FT's α as a curve. Up and right is better.
+
+    Of the rows that have every domain.
+    """
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for i, row in enumerate(comparison.rows):
+    for i, row in enumerate(whole(comparison)):
         (x, x_error), (y, y_error) = (
             mean_and_error(list(by_seed(row.results, c).values())) for c in ("ID mean", "OOD mean")
         )
@@ -45,13 +48,14 @@ def id_against_ood(comparison: Comparison) -> bytes:
             fmt=MARKERS[i % len(MARKERS)], markersize=7, color=COLOURS[i % len(COLOURS)], elinewidth=0.9,
             markeredgecolor=INK, markeredgewidth=0.6, zorder=3,
         )  # fmt: skip
-    if comparison.curve:
+    curve = {alpha: found for alpha, found in comparison.curve.items() if set(found) == _domains(comparison)}
+    if curve:
         points = [
             [
                 100 * fmean(fmean(score(r, shifts) for r in results) for results in of_domain.values())
                 for shifts in (("id",), _OOD)
             ]
-            for of_domain in comparison.curve.values()
+            for of_domain in curve.values()
         ]
         axes.plot(
             *zip(*points, strict=True),
@@ -61,7 +65,7 @@ def id_against_ood(comparison: Comparison) -> bytes:
             markersize=4,
             label=f"{WISE_FT}, all α",
         )
-        for alpha, point in zip(comparison.curve, points, strict=True):
+        for alpha, point in zip(curve, points, strict=True):
             axes.annotate(
                 f"{alpha:g}",
                 (point[0], point[1]),
@@ -120,10 +124,17 @@ def _curve(comparison: Comparison, method: str) -> tuple[str, list[tuple[float, 
     shared = _shared_keys(comparison)
     for key, _ in points[0].setting:
         values = sorted({value for point in points if _is_number(value := dict(point.setting)[key])})
-        if key in shared or len(values) < 2:
+        everywhere = [
+            v for v in values if {p.domain for p in points if dict(p.setting)[key] == v} == _domains(comparison)
+        ]
+        if key in shared or len(everywhere) < 2:
             continue
-        return key, [(value, *_best_with(points, key, value)) for value in values]
+        return key, [(value, *_best_with(points, key, value)) for value in everywhere]
     return None
+
+
+def _domains(comparison: Comparison) -> set[str]:
+    return {domain for row in comparison.rows for domain in row.results}
 
 
 def _best_with(points: Sequence[SearchPoint], key: str, value: Any) -> tuple[float, float]:

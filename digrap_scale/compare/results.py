@@ -35,7 +35,11 @@ def results_of(trial: Trial) -> list[SuiteResult] | None:
     file = run / "results.json" if trial.verb == "train" else run / "evaluation" / "results.json"
     if not file.is_file() or (trial.verb == "train" and _state(run) != "done"):
         return None
-    return [row.result for row in read_report(file)[0]]
+    try:
+        return [row.result for row in read_report(file)[0]]
+    except ConfigError as error:
+        damage = str(error).removesuffix("; evaluate again")
+        raise ConfigError(f"{damage}; delete {trial.folder} to run it again") from None
 
 
 def _state(run: Path) -> str | None:
@@ -122,6 +126,12 @@ def shown_runs(comparison: Comparison) -> dict[str, list[tuple[str, Path]]]:
             if trials:
                 found.setdefault(domain, []).append((row.name, next(iter(trials.values())).folder / "run"))
     return found
+
+
+def whole(comparison: Comparison) -> list[Row]:
+    """The rows that have every domain: means over domains of others would be of other domains."""
+    domains = {domain for row in comparison.rows for domain in row.results}
+    return [row for row in comparison.rows if set(row.results) == domains]
 
 
 def score(result: SuiteResult, shifts: Sequence[str]) -> float:

@@ -112,9 +112,12 @@ class _Plan:
             own = {key: values for key, values in space.values.items() if key not in grid.shared_search}
             drawn = "all" if len(space.settings) == space.size else f"{len(space.settings)} drawn"
             lines.append(f"{name}: own hyper-parameters: {_values(own)}; tried: {drawn} of {space.size} settings")
+            if overrides := grid.methods[name].overrides:
+                lines.append(f"{name}: differs in {'; '.join(f'{key}: {value}' for key, value in overrides.items())}")
+        alike = not any(key.split(".")[0] == "training" for entry in grid.methods.values() for key in entry.overrides)
         lines.append(
             f"budget: at most {grid.budget} settings a method and domain, each on {len(self._seeds())} seed(s) "
-            f"({', '.join(map(str, self._seeds()))}); no method trains more"
+            f"({', '.join(map(str, self._seeds()))}); {'no method trains more' if alike else 'runs differ as told above'}"
         )
         lines.append(
             "selected by accuracy on ID validation (withheld from training) alone, for each method and domain by itself; the "
@@ -283,15 +286,16 @@ def _console() -> Console:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C stop the trials, which save their state, and then us."""
+    """SIGTERM, a terminal that closes and Ctrl-C stop the trials, which save their state, and then us."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
         raise Preempted("stopped; the same command goes on with what is missing") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

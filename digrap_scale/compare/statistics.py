@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-_FEWEST_UNITS = 3  # of an interval
+FEWEST_UNITS = 3  # of an interval
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -43,6 +43,12 @@ class Difference:
     pairs: int
 
     @property
+    def how(self) -> str:
+        """How the interval was made, or why there is none."""
+        few = self.pairs < FEWEST_UNITS
+        return self.kind or f"no interval: {f'fewer than {FEWEST_UNITS} pairs' if few else 'all differences are equal'}"
+
+    @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
@@ -68,6 +74,9 @@ def paired_difference(
     - one or two, or any number that are all equal: none. Accuracies are counts, so that differences may well agree, and an
       interval without width would exclude 0 by chance alone.
 
+    Where domains have unequal numbers of seeds, pairs keep the weight that they have in the mean over domains: a resample's mean
+    is that of what was drawn, weighted, and Student's s²/n becomes Σ (w (x − mean))² / (n (n − 1)), with w of mean 1.
+
     Args:
         differences: domain → a difference for each seed; every domain has one at least. Domains weigh alike.
         confidence: of the interval, two-sided.
@@ -79,20 +88,20 @@ def paired_difference(
     least = least_units(confidence)
     of_domains = len(by_domain) >= least
     if of_domains:
-        units, unit = means, "domains"
+        units, weights, unit = means, np.ones(len(means)), "domains"
     else:
-        # Each pair weighs as much as it does in the mean over domains.
-        units = np.concatenate([values * (pairs / (len(values) * len(by_domain))) for values in by_domain])
-        unit = "pairs"
+        units, unit = np.concatenate(by_domain), "pairs"
+        weights = np.concatenate([np.full(len(v), pairs / (len(v) * len(by_domain))) for v in by_domain])
     mean, count = float(means.mean()), len(units)
-    if count < _FEWEST_UNITS or np.ptp(units) < 1e-12:
+    if count < FEWEST_UNITS or np.ptp(units) < 1e-12:
         return Difference(mean, None, None, "", pairs)
     quantile = student_quantile((1 + confidence) / 2, count - 1)
     if count < least:
-        half = quantile * float(units.std(ddof=1)) / math.sqrt(count)
+        half = quantile * math.sqrt(float(np.square(weights * (units - mean)).sum()) / (count * (count - 1)))
         return Difference(mean, mean - half, mean + half, f"Student's t over {count} {unit}", pairs)
     generator = np.random.Generator(np.random.PCG64(20150219))
-    resampled_R = units[generator.integers(count, size=(samples, count))].mean(axis=1)
+    drawn = generator.integers(count, size=(samples, count))
+    resampled_R = np.average(units[drawn], axis=1, weights=weights[drawn])
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * quantile)
     low, high = np.quantile(resampled_R, [tail, 1 - tail])
     return Difference(mean, float(low), float(high), f"bootstrap over {count} {unit}", pairs)

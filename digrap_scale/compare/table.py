@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 
-from digrap_scale.compare.results import MEANS, Comparison, Row, by_seed, columns_of, means_of, value
+from digrap_scale.compare.results import MEANS, Comparison, Row, by_seed, columns_of, means_of, value, whole
 from digrap_scale.compare.statistics import Difference, mean_and_error, paired_difference
 from digrap_scale.evaluation.suite import SuiteResult
 
@@ -74,10 +74,10 @@ def tables_of(comparison: Comparison) -> list[Table]:
     domains = list(dict.fromkeys(domain for row in comparison.rows for domain in row.results))
     tables = []
     if len(domains) > 1:
-        whole = [row for row in comparison.rows if set(row.results) == set(domains)]
-        columns = _shared_means([result for row in whole for one in row.results.values() for result in one.values()])
-        if whole:
-            tables.append(_table(f"mean over {len(domains)} domains", columns, whole, domains, comparison))
+        rows = whole(comparison)
+        columns = _shared_means([result for row in rows for one in row.results.values() for result in one.values()])
+        if rows:
+            tables.append(_table(f"mean over {len(domains)} domains", columns, rows, domains, comparison))
     for domain in domains:
         rows = [row for row in comparison.rows if row.results.get(domain)]
         columns = columns_of([result for row in rows for result in row.results[domain].values()])
@@ -108,9 +108,7 @@ def _table(
         cells.append(line)
     for number in range(len(columns)):
         _mark_best([line[number] for line in cells], cells, number)
-    kinds = dict.fromkeys(
-        c.difference.kind or "no interval: fewer than 3 pairs" for line in cells for c in line if c.difference
-    )
+    kinds = dict.fromkeys(c.difference.how for line in cells for c in line if c.difference)
     counts = [len(by_seed(one, columns[0])) for one in results]
     return Table(title, columns, [row.name for row in rows], cells, counts, list(kinds))
 

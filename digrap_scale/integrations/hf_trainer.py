@@ -176,7 +176,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def _weight_norms(backend: Backend) -> dict[str, float]:
     """L2 norm of every layer's weights, by name. Collective."""
     squares_LK = torch.stack([weight.double().square().sum() for weight in backend.weights()]).unsqueeze(1)
-    backend.reduce_(squares_LK)
+    backend.reduce_(squares_LK, range(len(backend.specs)))
     norms = squares_LK.sqrt().flatten().tolist()
     return {spec.name: norm for spec, norm in zip(backend.specs, norms, strict=True)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from digrap_scale.errors import ConfigError
 from digrap_scale.method.base import Method
 from digrap_scale.method.build import build_method
 from digrap_scale.method.choice import choose_kernels
+from digrap_scale.method.kernels import Kernels
+from digrap_scale.method.native import NativeKernels
 from digrap_scale.projector.projector import Projector, attached
 from digrap_scale.reference.names import tied_aliases
 from digrap_scale.reference.placement import HeldReference, ReferenceShards
@@ -93,12 +96,7 @@ def attach(
     if any(hooked in attached for hooked in backend.hooked):
         raise ConfigError("attach: this optimizer has a projector already; call its detach() first")
     module = unwrap(model)
-    # The same on all ranks, also where shards are uneven: tensors that every rank steps for itself must stay equal.
-    elements = sum(math.prod(spec.shape) for spec in backend.specs) // backend.shard_ranks
-    try:
-        chosen.kernels = choose_kernels(kernels, elements, backend.weights()[0].device)
-    except ValueError as error:
-        raise ConfigError(f"attach: {error}") from error
+    chosen.kernels = _kernels(kernels, backend)
     fused = _fused(projection, backend)
     recompute = _recomputes(previous, chosen, backend)
     exempt = _matching(not_projected, [spec.name for spec in backend.specs])
@@ -145,6 +143,27 @@ def attach(
             raise
     logger.info(projector.summary())
     return projector
+
+
+def _kernels(choice: str, backend: Backend) -> Kernels:
+    """The same on all ranks: replicas, and tensors that every rank steps for itself, must stay equal in every bit."""
+    elements = (
+        sum(math.prod(spec.shape) for spec in backend.specs) // backend.shard_ranks
+    )  # also where shards are uneven
+    kernels, failed = Kernels(), None
+    try:
+        kernels = choose_kernels(choice, elements, backend.weights()[0].device)
+    except ValueError as error:
+        failed = error
+    if not backend.everywhere(failed is None):
+        raise ConfigError(
+            f"attach: {failed or 'kernels: native cannot be built on another rank; use eager'}"
+        ) from failed
+    native = isinstance(kernels, NativeKernels)
+    if not backend.everywhere(native) and native:
+        warnings.warn("digrap-scale: eager kernels on all ranks: one of them cannot build native ones", stacklevel=3)
+        kernels = Kernels()
+    return kernels
 
 
 def _check_options(model: Any, reference_placement: str, max_grad_norm: float | None, statistics: str) -> None:

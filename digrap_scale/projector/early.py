@@ -22,7 +22,8 @@ class EarlyStatistics:
 
     A layer whose gradient or weight was written to since (clipping, unscaling, a reduction of the user's own) does not
     count: its step measures it again. Version counters tell most writes; some (GradScaler's unscaling, collectives) do
-    not count themselves, so a sample of the gradient's elements is compared as well.
+    not count themselves, so a sample of the gradient's elements is compared as well. A sample of zeros (an embedding's rows
+    that no token touched) tells nothing, and does not count either.
 
     Args:
         backend: tells when a layer's gradient is there.
@@ -44,6 +45,7 @@ class EarlyStatistics:
         self._large_L = [spec.numel >= large_from(device) for spec in backend.specs]
         self._stats_LK = torch.zeros(layers, GRADIENT_STATISTICS, dtype=torch.float64, device=device)
         self._stamps: dict[int, Hashable] = {}
+        self._buffers: dict[int, int] = {}  # memory of gradients → writes to it when the last of its layers was there
         self._samples_LN = torch.zeros(layers, SAMPLED_ELEMENTS, device=device)
         self._taken: Any = None
         self._handles = backend.watch_gradients(self._gradient_is_there)
@@ -51,6 +53,8 @@ class EarlyStatistics:
     @torch.no_grad()
     def _gradient_is_there(self, layer: int) -> None:
         self._stamps.pop(layer, None)
+        memory, writes = self._backend.buffer_writes(layer)
+        self._buffers[memory] = writes
         if not self.active or not self._large_L[layer]:
             return
         self._stats_LK[layer] = self._measure(layer)[0]
@@ -72,13 +76,18 @@ class EarlyStatistics:
     def ready(self) -> list[int]:
         """The layers whose statistics hold."""
         layers = [layer for layer, stamp in self._stamps.items() if self._backend.stamp(layer) == stamp]
+        layers = [layer for layer in layers if self._unwritten(layer)]
         if not layers:
             return []
         self._wait()
         now_LN = self._samples(layers)
         # Not equal to itself: NaN. Such a layer is measured again.
-        same_L = (now_LN == self._samples_LN[layers]).all(1).tolist()
+        same_L = ((now_LN == self._samples_LN[layers]).all(1) & now_LN.any(1)).tolist()
         return [layer for layer, same in zip(layers, same_L, strict=True) if same]
+
+    def _unwritten(self, layer: int) -> bool:
+        memory, writes = self._backend.buffer_writes(layer)
+        return self._buffers.get(memory) == writes
 
     def _wait(self) -> None:
         """On accelerators: the step's stream waits for what the hooks have launched."""
@@ -89,7 +98,7 @@ class EarlyStatistics:
     def take(self, layers: Sequence[int]) -> torch.Tensor:
         """Their rows [len(layers), K], once; the next step's are measured anew."""
         self._wait()
-        self._stamps = {}
+        self._stamps, self._buffers = {}, {}
         return self._stats_LK[list(layers)]
 
     def close(self) -> None:

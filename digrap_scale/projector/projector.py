@@ -91,7 +91,7 @@ class Projector:
             early = [] if self._early is None else self._early.ready()
             views = self._views(range(len(backend.specs)))
             stats_LK = self._statistics(views, early)
-            backend.reduce_(stats_LK)
+            backend.reduce_(stats_LK, list(views))
             stats_LK = stats_LK.cpu()
             stats_LK[resting_L] = 0.0
             lr_L = torch.tensor([view.lr for view in views.values()], dtype=torch.float64)
@@ -186,7 +186,7 @@ class Projector:
         for pieces, parts in self._walk(views, list(views)):
             rows = torch.tensor([row[piece.layer] for piece in pieces], device=device)
             stats_LK.index_add_(0, rows, self.method.update_statistics(parts))
-        self.backend.reduce_(stats_LK)
+        self.backend.reduce_(stats_LK, list(views))
         stats_LK = stats_LK.cpu()
         for pieces, parts in self._walk(views, list(views)):
             of_pieces = [row[piece.layer] for piece in pieces]

@@ -216,8 +216,20 @@ class Backend:
         """Whether the optimizer step under way is the first of a training step (ZeRO takes one per group or sub-group)."""
         return True
 
-    def reduce_(self, stats_LK: torch.Tensor) -> None:
-        """Sum statistics over the ranks that hold different shards, in place: one all-reduce, or none for replicas."""
+    def reduce_(self, stats_LK: torch.Tensor, layers: Sequence[int]) -> None:
+        """Sum the statistics of ``layers``, a row each, over the ranks that hold different shards, in place: one all-reduce,
+        or none for replicas."""
+
+    def everywhere(self, condition: bool) -> bool:
+        """Whether it holds on every rank that trains a part or a copy of this model. Collective."""
+        broken = torch.tensor([0.0 if condition else 1.0], device=self.weights()[0].device)
+        for group in self.process_groups():
+            all_reduce_(broken, group)
+        return not broken.item()
+
+    def process_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        """The process groups that together reach every such rank; None is the default one."""
+        return ()
 
     def each_rank(self, stats_LK: torch.Tensor) -> torch.Tensor:
         """The statistics of every rank that holds different shards, [R, L, K]: one all-gather, or none for replicas."""
@@ -294,8 +306,8 @@ class Backend:
     def stamp(self, layer: int) -> Hashable:
         """Changes when the layer's gradient or weight is written to; None without a gradient.
 
-        Tensors' version counters are what autograd itself tells writes by. Of a DTensor's gradient only its own counts: the
-        local tensors of a whole FSDP2 group are views of one buffer, which counts writes to any of them.
+        Tensors' version counters are what autograd itself tells writes by. Of a DTensor's gradient only its own counts here:
+        for its local tensor see ``buffer_writes``.
         """
         parameter = self._trained[layer][1]
         grad = parameter.grad
@@ -303,6 +315,17 @@ class Backend:
             return None
         local, weight = self.local(grad), self.local(parameter)
         return local.data_ptr(), grad._version, parameter._version, weight._version
+
+    def buffer_writes(self, layer: int) -> tuple[int, int]:
+        """The memory that holds the layer's local gradient, and how many writes it counted so far.
+
+        FSDP2's gradients of a whole group are views of one buffer, which counts writes to any of them: only the last of its
+        layers in backward sees the count that must still stand in the step.
+        """
+        grad = self._trained[layer][1].grad
+        assert grad is not None
+        local = self.local(grad)
+        return local.untyped_storage().data_ptr(), local._version
 
     def grad_norm_before_clipping(self) -> float | None:
         """The gradient norm as an engine measured it before clipping, or None where the hook sees it unclipped."""

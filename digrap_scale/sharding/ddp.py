@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -29,6 +29,9 @@ class DDPBackend(Backend):
 
     def copies(self, spec: ShardSpec) -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
+
+    def process_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        return (None,)
 
     def watch_gradients(self, there: Callable[[int], None]) -> list[Any]:
         raise ConfigError(

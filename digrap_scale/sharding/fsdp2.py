@@ -35,9 +35,10 @@ class FSDP2Backend(Backend):
 
     Replicas agree in every bit of ω without a collective of their own: the all-reduce over replicas gives all of them
     the same gradient, the same kernels on the same shard give the same statistics, and the all-reduce over the shards
-    adds them up in an order that depends on places in the group alone. The one assumption is that replicas run on the
-    same kind of processor, as it is for DDP with ``clip_grad_norm_``. To drop it, one could reduce over the whole mesh
-    with all replicas but the first counting as zeros: no collective more, but one that crosses the slow links.
+    adds them up in an order that depends on places in the group alone. The assumption is that replicas run on the same
+    kind of processor and of links (NCCL chooses its order by them), as it is for DDP with ``clip_grad_norm_``. To drop
+    it, one could reduce over the whole mesh with all replicas but the first counting as zeros: no collective more, but
+    one that crosses the slow links.
 
     Raises:
         ConfigError: a parameter's placement is no plain ``Shard(0)`` (tensor parallelism, other dims), parameters
@@ -129,6 +130,10 @@ class FSDP2Backend(Backend):
     def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
         return gather_intervals(self.specs[layer], local, self._group)
 
+    def process_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        assert isinstance(self._mesh, DeviceMesh)
+        return [self._mesh.get_group(axis) for axis in range(self._mesh.ndim)]
+
     @property
     def shard_ranks(self) -> int:
         return dist.get_world_size(self._group)
@@ -141,12 +146,12 @@ class FSDP2Backend(Backend):
     def each_rank(self, stats_LK: torch.Tensor) -> torch.Tensor:
         return all_gather(stats_LK, self._group)
 
-    def reduce_(self, stats_LK: torch.Tensor) -> None:
+    def reduce_(self, stats_LK: torch.Tensor, layers: Sequence[int]) -> None:
         assert self._group is not None
         if dist.get_rank(self._group) != 0:
-            for layer, spec in enumerate(self.specs):
-                if spec.replicated:
-                    stats_LK[layer] = 0
+            for row, layer in enumerate(layers):
+                if self.specs[layer].replicated:
+                    stats_LK[row] = 0
         all_reduce_(stats_LK, self._group)
 
 

@@ -148,7 +148,10 @@ class ZeroBackend(Backend):
     def gather(self, layer: int, local: torch.Tensor) -> torch.Tensor:
         return gather_intervals(self.specs[layer], local, self._group)
 
-    def reduce_(self, stats_LK: torch.Tensor) -> None:
+    def process_groups(self) -> Sequence[dist.ProcessGroup | None]:
+        return (self._group,)
+
+    def reduce_(self, stats_LK: torch.Tensor, layers: Sequence[int]) -> None:
         all_reduce_(stats_LK, self._group)
 
     def each_rank(self, stats_LK: torch.Tensor) -> torch.Tensor:

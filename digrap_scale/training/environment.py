@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def describe_environment(config: Config, world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "versions": versions(),
         "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "device": _device(),
         "git": {"working_directory": git_state(Path.cwd()), "package": git_state(Path(__file__).parent)},
     }
@@ -83,6 +86,16 @@ def _git(folder: Path, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    """Its model's name; Python tells it on few systems."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _device() -> str:

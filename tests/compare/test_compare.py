@@ -13,6 +13,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from digrap_scale.cli import main
+from digrap_scale.compare import pictures
 from digrap_scale.compare.grid import Trial
 from digrap_scale.compare.run import compare
 from tests.compare.grids import MadeUp, grid_of, made_up, write_grid
@@ -201,6 +202,25 @@ def test_without_a_baseline_there_is_no_table(tmp_path: Path, made_up: Use, caps
     made_up(numbers, fails=lambda trial: trial.method == "FT")
     assert main(["compare", write_grid(tmp_path, grid_of(tmp_path))]) == 1
     assert "no run of the baseline FT is done" in capsys.readouterr().err
+
+
+def test_a_method_without_a_domain_is_in_no_mean_over_domains(
+    tmp_path: Path, made_up: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the table nor in the picture: its other domains are no match for all of them."""
+    drawn: list[str] = []
+    shown = pictures.Figure.legend
+
+    def legend(figure: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn.extend(figure.axes[0].get_legend_handles_labels()[1])
+        return shown(figure, *args, **kwargs)
+
+    monkeypatch.setattr(pictures.Figure, "legend", legend)
+    made_up(numbers, fails=lambda trial: trial.method == "DiGraP" and trial.domain == "b", pictures=True)
+    grid = grid_of(tmp_path, domains={"a": {"data.train": ["a-*.tar"]}, "b": {"data.train": ["b-*.tar"]}})
+    assert main(["compare", write_grid(tmp_path, grid)]) == 1
+    assert "DiGraP" not in [row["method"] for row in stored(tmp_path)["tables"][0]["rows"]]
+    assert "FT" in drawn and "DiGraP" not in drawn
 
 
 def test_domains_select_by_themselves_and_are_averaged(tmp_path: Path, made_up: Use) -> None:

@@ -101,20 +101,30 @@ def test_trials_go_through_submitit_and_several_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_comparison_goes_on_from_its_trials_checkpoints(tmp_path: Path) -> None:
-    """SIGTERM in the middle of a trial: it saves, nothing is left running, and the same command ends as if nothing had been."""
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C", "a closed terminal", "submitit"])
+def test_a_stopped_comparison_goes_on_from_its_trials_checkpoints(how: str, tmp_path: Path) -> None:
+    """Stopped in the middle of a trial: it saves, nothing is left running, and the same command ends as if nothing had been.
+
+    A terminal signals all processes that a command has started in its group.
+    """
     write_data(tmp_path)
     grid = grid_of(tmp_path, methods={"FT": {"method": {"name": "none"}}}, shared_search={}, seeds=[0], zero_shot=False)
     grid["base"]["training"]["steps"] = 400
     grid["base"]["checkpoint"] = {"final": False, "every_steps": 10_000}
+    if how == "submitit":
+        grid["executor"] = {"name": "submitit", "cluster": "local", "timeout_minutes": 10}
     command = [sys.executable, "-m", "digrap_scale", "compare", write_grid(tmp_path, grid)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, start_new_session=True)
     trials = tmp_path / "out" / "trials"
     while not (found := list(trials.glob("*/run/metrics.jsonl"))) or found[0].read_text().count("\n") < 5:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    number = {"Ctrl-C": signal.SIGINT, "a closed terminal": signal.SIGHUP}.get(how, signal.SIGTERM)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    assert process.wait(120) == 75
     run = found[0].parent
     assert json.loads((run / "status.json").read_text())["state"] == "preempted"
     (saved,) = (run / "checkpoints").glob("step-*")

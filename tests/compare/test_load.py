@@ -46,6 +46,10 @@ FT = {"method": {"name": "none"}}
         ({"shared_search": {"run.seed": [1]}}, "expected no key of run, data, evaluation"),
         ({"methods": {"FT": {**FT, "search": {"optimizer.learning_rate": [1]}}}, "shared_search": {}},
          "expected the learning rate in `shared_search`"),
+        ({"methods": {"FT": {**FT, "overrides": {"optimizer.learning_rate": 1}}}},
+         "methods.FT.overrides.optimizer.learning_rate: expected it in `shared_search` or here, found it in both"),
+        ({"methods": {"FT": {**FT, "search": {"model.lora": [{"rank": 4}]}}}},
+         "methods.FT.search.model.lora.0: expected a number, a text or a list, found a mapping"),
         ({"methods": {"FT": FT, "WiSE-FT": FT}}, "methods.WiSE-FT: expected another name"),
     ],
 )  # fmt: skip
@@ -103,6 +107,23 @@ def test_the_budget_is_the_same_for_all(tmp_path: Path) -> None:
     assert [found[name].size for name in ("FT", "DiGraP")] == [2, 4]
     assert found["DiGraP"].settings == spaces(load_grid(path))["DiGraP"].settings
     assert describe_setting(found["FT"].settings[1]) == "learning_rate 0.01"
+
+
+def test_a_lists_values_are_tried(tmp_path: Path) -> None:
+    methods = {"FT": {**FT, "search": {"optimizer.betas": [[0.9, 0.999], [0.9, 0.95]]}}}
+    grid = load_grid(write_grid(tmp_path, grid_of(tmp_path, methods=methods, shared_search={})))
+    settings = spaces(grid)["FT"].settings
+    trials = {setting: TrialMaker(grid, "grid.yaml").train("all", "FT", setting, 0) for setting in settings}
+    assert [list(trial.config.optimizer.betas) for trial in trials.values()] == [[0.9, 0.999], [0.9, 0.95]]
+
+
+def test_what_differs_between_methods_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = {"FT": FT, "long": {**FT, "overrides": {"training.steps": 9}}}
+    compare(write_grid(tmp_path, grid_of(tmp_path, methods=methods)), dry_run=True)
+    shown = capsys.readouterr().out
+    assert "long: differs in training.steps: 9" in shown and "no method trains more" not in shown
+    compare(write_grid(tmp_path, grid_of(tmp_path, methods={"FT": FT})), dry_run=True)
+    assert "no method trains more" in capsys.readouterr().out
 
 
 def test_a_trial_has_a_folder_of_its_own_for_each_config(tmp_path: Path) -> None:

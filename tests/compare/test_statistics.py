@@ -61,13 +61,26 @@ def test_one_pair_has_none() -> None:
 
 
 def test_domains_weigh_alike() -> None:
-    """(1 + 3)/2 = 2 and 8: the mean is 5, not (1 + 3 + 8)/3; each unit weighs as much as in it: 1.5·½·…"""
+    """(1 + 3)/2 = 2 and 8: the mean is 5, not (1 + 3 + 8)/3, and pairs weigh ¾, ¾ and 1½ in it and in its error:
+    s² = (¾·4)² + (¾·2)² + (1½·3)² = 31.5, over 3·2."""
     found = paired_difference({"a": [1, 3], "b": [8]})
     assert found.mean == 5.0
-    units = np.array([1 * 3 / 4, 3 * 3 / 4, 8 * 3 / 2])
-    assert units.mean() == 5.0
-    half = 4.3027 * units.std(ddof=1) / math.sqrt(3)
-    assert found.high == pytest.approx(5 + half, abs=1e-3)
+    assert found.high == pytest.approx(5 + 4.3027 * math.sqrt(31.5 / 6), abs=1e-3)
+
+
+def test_unequal_numbers_of_seeds_are_no_spread() -> None:
+    """One failed run must neither widen an interval much nor make one where all pairs agree."""
+    assert paired_difference({"a": [0.05], "b": [0.05] * 5}).low is None
+    near = paired_difference({"a": [0.055], "b": [0.054, 0.055, 0.056]})
+    assert near.low is not None and near.low > 0.05
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        values = {name: generator.normal(0.05, 0.01, count) for name, count in (("a", 5), ("b", 5), ("c", 2))}
+        found = paired_difference(values, samples=1000)  # type: ignore[arg-type]
+        assert found.low is not None and found.high is not None and found.high - found.low < 0.03
+        held.append(found.low <= 0.05 <= found.high)
+    assert 0.88 <= np.mean(held) <= 0.99
 
 
 def test_many_domains_are_what_is_resampled() -> None:

@@ -260,6 +260,7 @@ def test_one_reduction_a_step(trained: tuple[str, dict[str, Case], list[dict]]) 
         layers = len(got["plain"]["state"]["layers"]["strength"])
         once = [(layers, layers * 4 * 8)] * STEPS
         assert got["plain"]["reductions"] == ([] if backend == "ddp" else once)
+        assert got["plain"]["other_collectives"] == []
         if "sub_groups" in got:
             assert got["sub_groups"]["reductions"] == once
 

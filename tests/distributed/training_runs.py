@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import digrap_scale
 from digrap_scale.method import kernels
@@ -41,7 +42,6 @@ class Case:
     steps: int = STEPS
     without_reference: tuple[str, ...] = ()
     large_elements: int | None = None  # layers from this size on are walked one by one, not packed
-    outer_clip: float | None = None  # the user clips, between backward and step
     options: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     fsdp: dict[str, Any] = field(default_factory=dict)  # arguments of fsdp_toy.shard_toy; sync: see fsdp_toy.set_sync
@@ -161,11 +161,6 @@ def _train_toy(case: Case) -> dict[str, Any]:
         if engine is None:
             if projector._early is not None:
                 measured_early += len(projector._early.ready())
-            if case.outer_clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), case.outer_clip)
-                assert not (projector._early and projector._early.ready()), (
-                    "clipped, but the old statistics still count"
-                )
             if case.backend == "fsdp2":
                 average_whole(model)
             poison.after_backward(projector)
@@ -186,6 +181,7 @@ def _train_toy(case: Case) -> dict[str, Any]:
         "reports": reports,
         "reductions": collectives.seen,
         "reduction_ranks": collectives.ranks,
+        "other_collectives": collectives.others,
         "bits": digest(snapshot(projector), reports),
         "state": projector.state_dict(),
         "changed": changed,
@@ -293,27 +289,29 @@ def _deepspeed(model: Toy, case: Case, world_size: int) -> tuple[Any, Any]:
     return engine, engine
 
 
-class Collectives:
-    """(rows, bytes) of the all-reduces while the optimizer steps; DeepSpeed's own (never [L, K] float64) left out."""
+class Collectives(TorchDispatchMode):
+    """(rows, bytes) of the all-reduces while the optimizer steps, and names of other collectives, whoever calls them.
+
+    DeepSpeed's own (never all-reduces of [L, K] float64) are left out.
+    """
 
     def __init__(self, everything: bool) -> None:
+        super().__init__()
         self.everything = everything
         self.seen: list[tuple[int, int]] = []
+        self.others: list[str] = []
         self.ranks: list[int] = []  # how many take part
 
-    def __enter__(self) -> None:
-        self._original = dist.all_reduce
-
-        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("c10d::allreduce_") or name.startswith("_c10d_functional::all_reduce"):
+            tensor, group = (args[0][0], args[1]) if name.startswith("c10d::allreduce_") else (args[0], None)
             if self.everything or (tensor.dtype == torch.float64 and tensor.ndim == 2):
                 self.seen.append((tensor.shape[0], tensor.numel() * tensor.element_size()))
-                self.ranks.append(dist.get_world_size(kwargs.get("group")))
-            return self._original(tensor, *args, **kwargs)
-
-        dist.all_reduce = counted
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._original
+                self.ranks.append(dist.ProcessGroup.unbox(group).size() if group is not None else 0)
+        elif self.everything and func.namespace in ("c10d", "_c10d_functional"):
+            self.others.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def train_all(cases: dict[str, Case]) -> dict[str, Any]:
