@@ -10,12 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import digrap_scale
 from digrap_scale.reference.store import SafetensorsReader
+from tests.distributed.fsdp_toy import average_whole, shard_toy
 from tests.distributed.toy import make_batches, make_toy
 from tests.distributed.training_runs import GLOBAL_BATCH, STEPS, Case, _deepspeed, _full_weights, make_optimizer
 
@@ -65,22 +65,23 @@ def lora_loss(w: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tenso
     return F.cross_entropy(x @ w[f"{head}weight"].T + w[f"{head}bias"], y)
 
 
-def train_lora(backend: str, case: LoraCase) -> dict[str, Any]:
-    """Thirty steps; what was trained, what was kept, and which tensors were read from files."""
+def train_lora(way: Case, case: LoraCase) -> dict[str, Any]:
+    """Thirty steps; what was trained, what was kept, and which tensors were read from files.
+
+    Of ``way`` count backend, accumulation and how the backend is set up.
+    """
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     model: Any = make_lora(case.head)
     engine: Any = None
     optimizer: Any = None
     wrapped = model
-    if backend == "ddp":
+    if way.backend == "ddp":
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    elif backend == "fsdp2":
+    elif way.backend == "fsdp2":
         # Frozen and trained parameters share a block's all-gather; gradients are reduced of the trained ones alone.
-        for block in model.base_model.model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-    elif backend != "single":
-        engine, wrapped = _deepspeed(model, Case(backend), world_size)
+        shard_toy(model, **way.fsdp)
+    elif way.backend != "single":
+        engine, wrapped = _deepspeed(model, way, world_size)
     if engine is None:
         optimizer = make_optimizer(model)
     read: list[str] = []
@@ -91,13 +92,18 @@ def train_lora(backend: str, case: LoraCase) -> dict[str, Any]:
         )
     for x, y in make_batches(STEPS, GLOBAL_BATCH):
         share = GLOBAL_BATCH // world_size
-        part = slice(rank * share, (rank + 1) * share)
-        loss = cross_entropy(wrapped(x[part]), y[part])
-        if engine is not None:
-            engine.backward(loss)
-            engine.step()
-        else:
-            loss.backward()
+        micro = share // way.accumulation
+        for start in range(rank * share, (rank + 1) * share, micro):
+            part = slice(start, start + micro)
+            loss = cross_entropy(wrapped(x[part]), y[part])
+            if engine is not None:
+                engine.backward(loss)
+                engine.step()
+            else:
+                (loss / way.accumulation).backward()
+        if engine is None:
+            if way.backend == "fsdp2":
+                average_whole(model)
             optimizer.step()
             optimizer.zero_grad()
     weights = _full_weights(model, engine)
@@ -141,5 +147,5 @@ class Watched:
         SafetensorsReader.read, SafetensorsReader.__init__ = self._originals  # type: ignore[method-assign]
 
 
-def train_all_lora(backend: str, cases: dict[str, LoraCase]) -> dict[str, Any]:
-    return {key: train_lora(backend, case) for key, case in cases.items()}
+def train_all_lora(way: Case, cases: dict[str, LoraCase]) -> dict[str, Any]:
+    return {key: train_lora(way, case) for key, case in cases.items()}

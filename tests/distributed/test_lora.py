@@ -25,11 +25,26 @@ from tests.distributed.lora_runs import (
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_equivalence import TOLERANCE
 from tests.distributed.toy import make_batches, make_toy
-from tests.distributed.training_runs import DECAY, GLOBAL_BATCH, LR, STEPS, group_of
+from tests.distributed.training_runs import DECAY, GLOBAL_BATCH, LR, STEPS, Case, group_of
 from tests.plain_digrap import Reference, run
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 QUICK = ("fsdp2", "zero3")
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+# Other ways to set backends up, at two ranks; two copies of a sharded model take four.
+WAYS = {
+    "ddp accumulation": Case("ddp", accumulation=2),
+    "fsdp2 accumulation": Case("fsdp2", accumulation=2),
+    "fsdp2 offload": Case("fsdp2", fsdp={"offload": True}),
+    "fsdp2 no reshard": Case("fsdp2", fsdp={"reshard": False}),
+    "fsdp2 whole": Case("fsdp2", fsdp={"whole": ("blocks.1",)}),
+    "zero1 offload": Case("zero1", zero=OFFLOAD),
+    "zero2 accumulation": Case("zero2", accumulation=2),
+    "zero3 accumulation": Case("zero3", accumulation=2),
+    "zero3 offload": Case("zero3", zero=OFFLOAD),
+    "zero3 sub-groups": Case("zero3", zero={"zero_optimization": {"sub_group_size": 4}}),
+    "hsdp": Case("fsdp2", fsdp={"replicas": 2}),
+}
 Trained = tuple[dict[str, LoraCase], list[dict[str, Any]]]
 
 
@@ -105,22 +120,23 @@ def check(case: LoraCase, got: dict[str, Any], reference: Reference) -> None:
 
 PLACES = [
     *(
-        pytest.param((backend, 2), id=f"{backend}-2", marks=[] if backend in QUICK else pytest.mark.slow)
+        pytest.param((Case(backend), 2), id=f"{backend}-2", marks=[] if backend in QUICK else pytest.mark.slow)
         for backend in BACKENDS
     ),
     *(
-        pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=pytest.mark.slow)
+        pytest.param((Case(backend), ranks), id=f"{backend}-{ranks}", marks=pytest.mark.slow)
         for backend in BACKENDS
         for ranks in (3, 4)
     ),
+    *(pytest.param((way, 4 if name == "hsdp" else 2), id=name, marks=pytest.mark.slow) for name, way in WAYS.items()),
 ]
 
 
 @pytest.fixture(scope="module", params=PLACES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, file: Path) -> Trained:
-    backend, ranks = request.param
+    way, ranks = request.param
     cases = make_cases(file)
-    return cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all_lora, backend, cases)
+    return cases, run_ranks(ranks, tmp_path_factory.mktemp(way.backend), train_all_lora, way, cases)
 
 
 KEYS = ("adapters", "update", "head", "initial", "ftp", "l2sp", "spd", "pcgrad")
@@ -138,4 +154,4 @@ def test_equals_one_process(trained: Trained, key: str) -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_single_process(file: Path, key: str) -> None:
     case = make_cases(file)[key]
-    check(case, train_lora("single", case), expected(case))
+    check(case, train_lora(Case("single"), case), expected(case))
