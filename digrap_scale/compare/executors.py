@@ -185,9 +185,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def run_command(command: list[str], log: str, environment: dict[str, str]) -> int:
     """What a job of the cluster does: the command, its output in ``log``; its exit code. A cancelled job's command is asked
     to stop first."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # submitit's way to cancel; ignored in a shell's background jobs
+    # submitit's way to cancel; a shell's background jobs ignore it otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "ab") as stream:
         process = subprocess.Popen(
             command,

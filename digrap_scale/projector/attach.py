@@ -147,9 +147,8 @@ def attach(
 
 def _kernels(choice: str, backend: Backend) -> Kernels:
     """The same on all ranks: replicas, and tensors that every rank steps for itself, must stay equal in every bit."""
-    elements = (
-        sum(math.prod(spec.shape) for spec in backend.specs) // backend.shard_ranks
-    )  # also where shards are uneven
+    # Of equal shares, also where shards are uneven.
+    elements = sum(math.prod(spec.shape) for spec in backend.specs) // backend.shard_ranks
     kernels, failed = Kernels(), None
     try:
         kernels = choose_kernels(choice, elements, backend.weights()[0].device)
