@@ -202,7 +202,7 @@ def snapshot(projector: digrap_scale.Projector) -> dict[str, torch.Tensor]:
         found |= {f"previous {i}": kept for i, kept in enumerate(projector._previous.held_tensors())}
     elif isinstance(projector._previous, RecomputedWeights):
         found["last step"] = projector._previous._settings_LS
-    return {key: tensor.detach().clone() for key, tensor in found.items()}
+    return {key: torch.as_tensor(value).detach().clone() for key, value in found.items()}
 
 
 def digest(tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> dict[str, str]:
