@@ -70,6 +70,10 @@ def step_ms(parameters: float, layers: int, gpus: int, machine: Machine, form: s
 
     # A pass takes as long as its bytes or its launches, whichever is longer: one kernel a layer, or a few a pack.
     launches = math.ceil(local / PACK) * PACK_LAUNCHES_US / 1e3 if packed else layers * machine.launch_us / 1e3
+
+    def walk_ms(bytes_a_parameter: float, share: float = 1.0) -> float:
+        return max(pass_ms(bytes_a_parameter * share), launches * share)
+
     host = layers * machine.host_us / 1e3
     hosts = max(1, ranks // machine.gpus_per_host)
     hops_us = (
@@ -77,22 +81,20 @@ def step_ms(parameters: float, layers: int, gpus: int, machine: Machine, form: s
     )
     reduce_ms = hops_us / 1e3 + layers * 32 * 2 / 25e9 * 1e3  # a tree; 25 GB/s between hosts
     adam = local * ADAM / (machine.memory_gb_s * 1e9) * 1e3
-    statistics = max(pass_ms(STATISTICS), launches)
-    separate = statistics + max(pass_ms(PROJECTION * machine.conflicts), launches * machine.conflicts)
+    statistics = walk_ms(STATISTICS)
+    separate = statistics + walk_ms(PROJECTION, machine.conflicts)
     if form == "separate":
         added = separate
     elif form == "stream":
         added = separate + _stream(local, machine)
     elif form == "update":
         before = max(pass_ms(STATISTICS_STORED + KEEP), 2 * launches)
-        after = max(pass_ms(UPDATE), launches) + max(
-            pass_ms(UPDATE_PROJECTION * machine.conflicts), launches * machine.conflicts
-        )
+        after = walk_ms(UPDATE) + walk_ms(UPDATE_PROJECTION, machine.conflicts)
         added = before + after + reduce_ms  # and a second all-reduce, of half the size
     elif form == "fused":
-        added = statistics + _fused(adam, pass_ms, launches, machine.conflicts, packed)
+        added = statistics + _fused(adam, walk_ms, machine.conflicts, packed)
     else:  # backward: large layers' statistics are hidden
-        added = (statistics if packed else 0.0) + _fused(adam, pass_ms, launches, machine.conflicts, packed)
+        added = (statistics if packed else 0.0) + _fused(adam, walk_ms, machine.conflicts, packed)
     return {"adam": adam, "added": added + host + reduce_ms, "reduce": reduce_ms, "bytes": layers * 32.0}
 
 
@@ -102,11 +104,11 @@ def _stream(local: float, machine: Machine) -> float:
     return waited / (machine.storage_gb_s * 1e9) * 1e3
 
 
-def _fused(adam: float, pass_ms: Callable[[float], float], launches: float, conflicts: float, packed: bool) -> float:
+def _fused(adam: float, walk_ms: Callable[..., float], conflicts: float, packed: bool) -> float:
     """What the fused step takes beyond AdamW's: small layers are projected in packs, then stepped by torch's kernel."""
     if packed:
-        return max(pass_ms(PROJECTION * conflicts), launches * conflicts)
-    return max(pass_ms(ADAM + FUSED_EXTRA * conflicts), launches) - adam
+        return walk_ms(PROJECTION, conflicts)
+    return walk_ms(ADAM + FUSED_EXTRA * conflicts) - adam
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -145,14 +145,7 @@ def _children() -> Iterator[Start]:
             with lock:
                 if closed.is_set():
                     return -1
-                process = subprocess.Popen(
-                    command,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env={**own_environment(), **environment},
-                    start_new_session=True,  # a terminal's Ctrl-C is for us, who ask it to stop and save
-                )
+                process = _spawn(command, stream, environment)
                 running.add(process)
             try:
                 return process.wait()
@@ -166,6 +159,17 @@ def _children() -> Iterator[Start]:
             closed.set()
         _stop(list(running))
         raise
+
+
+def _spawn(command: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env={**own_environment(), **environment},
+        start_new_session=True,  # a terminal's Ctrl-C is for us, who ask it to stop and save
+    )
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -188,14 +192,7 @@ def run_command(command: list[str], log: str, environment: dict[str, str]) -> in
     # submitit's way to cancel; a shell's background jobs ignore it otherwise.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "ab") as stream:
-        process = subprocess.Popen(
-            command,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**own_environment(), **environment},
-            start_new_session=True,
-        )
+        process = _spawn(command, stream, environment)
         try:
             return process.wait()
         except BaseException:

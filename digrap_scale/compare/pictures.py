@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from digrap_scale.compare.load import WISE_FT
-from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, score, shown_runs, whole
+from digrap_scale.compare.results import Comparison, SearchPoint, by_seed, domains_of, score, shown_runs, whole
 from digrap_scale.compare.statistics import mean_and_error
 from digrap_scale.evaluation.layers import LayerHistory, read_layers
 from digrap_scale.evaluation.plots import COLOURS, INK, MARKERS, clean, label_groups, layer_groups, png, strength_maps
@@ -48,7 +48,7 @@ def id_against_ood(comparison: Comparison) -> bytes:
             fmt=MARKERS[i % len(MARKERS)], markersize=7, color=COLOURS[i % len(COLOURS)], elinewidth=0.9,
             markeredgecolor=INK, markeredgewidth=0.6, zorder=3,
         )  # fmt: skip
-    curve = {alpha: found for alpha, found in comparison.curve.items() if set(found) == _domains(comparison)}
+    curve = {alpha: found for alpha, found in comparison.curve.items() if set(found) == set(domains_of(comparison))}
     if curve:
         points = [
             [
@@ -125,16 +125,12 @@ def _curve(comparison: Comparison, method: str) -> tuple[str, list[tuple[float, 
     for key, _ in points[0].setting:
         values = sorted({value for point in points if _is_number(value := dict(point.setting)[key])})
         everywhere = [
-            v for v in values if {p.domain for p in points if dict(p.setting)[key] == v} == _domains(comparison)
+            v for v in values if {p.domain for p in points if dict(p.setting)[key] == v} == set(domains_of(comparison))
         ]
         if key in shared or len(everywhere) < 2:
             continue
         return key, [(value, *_best_with(points, key, value)) for value in everywhere]
     return None
-
-
-def _domains(comparison: Comparison) -> set[str]:
-    return {domain for row in comparison.rows for domain in row.results}
 
 
 def _best_with(points: Sequence[SearchPoint], key: str, value: Any) -> tuple[float, float]:

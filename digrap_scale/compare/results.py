@@ -128,10 +128,14 @@ def shown_runs(comparison: Comparison) -> dict[str, list[tuple[str, Path]]]:
     return found
 
 
+def domains_of(comparison: Comparison) -> list[str]:
+    """Every domain that some row has, in the rows' order."""
+    return list(dict.fromkeys(domain for row in comparison.rows for domain in row.results))
+
+
 def whole(comparison: Comparison) -> list[Row]:
     """The rows that have every domain: means over domains of others would be of other domains."""
-    domains = {domain for row in comparison.rows for domain in row.results}
-    return [row for row in comparison.rows if set(row.results) == domains]
+    return [row for row in comparison.rows if set(row.results) == set(domains_of(comparison))]
 
 
 def score(result: SuiteResult, shifts: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 
-from digrap_scale.compare.results import MEANS, Comparison, Row, by_seed, columns_of, means_of, value, whole
+from digrap_scale.compare.results import MEANS, Comparison, Row, by_seed, columns_of, domains_of, means_of, value, whole
 from digrap_scale.compare.statistics import Difference, mean_and_error, paired_difference
 from digrap_scale.evaluation.suite import SuiteResult
 
@@ -71,7 +71,7 @@ class Table:
 
 def tables_of(comparison: Comparison) -> list[Table]:
     """A table for each domain; where there are several, before them one of the means over domains."""
-    domains = list(dict.fromkeys(domain for row in comparison.rows for domain in row.results))
+    domains = domains_of(comparison)
     tables = []
     if len(domains) > 1:
         rows = whole(comparison)

@@ -75,8 +75,8 @@ class EarlyStatistics:
 
     def ready(self) -> list[int]:
         """The layers whose statistics hold."""
-        layers = [layer for layer, stamp in self._stamps.items() if self._backend.stamp(layer) == stamp]
-        layers = [layer for layer in layers if self._unwritten(layer)]
+        stamp = self._backend.stamp
+        layers = [layer for layer, then in self._stamps.items() if stamp(layer) == then and self._unwritten(layer)]
         if not layers:
             return []
         self._wait()

@@ -303,14 +303,13 @@ class Collectives(TorchDispatchMode):
         self.ranks: list[int] = []  # how many take part
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name.startswith("c10d::allreduce_") or name.startswith("_c10d_functional::all_reduce"):
-            tensor, group = (args[0][0], args[1]) if name.startswith("c10d::allreduce_") else (args[0], None)
+        if func.name() == "c10d::allreduce_":
+            tensor, group = args[0][0], args[1]
             if self.everything or (tensor.dtype == torch.float64 and tensor.ndim == 2):
                 self.seen.append((tensor.shape[0], tensor.numel() * tensor.element_size()))
-                self.ranks.append(dist.ProcessGroup.unbox(group).size() if group is not None else 0)
+                self.ranks.append(dist.ProcessGroup.unbox(group).size())
         elif self.everything and func.namespace in ("c10d", "_c10d_functional"):
-            self.others.append(name)
+            self.others.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
