@@ -196,6 +196,7 @@ def test_evaluation_before_training(values: dict, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "evaluation" / "results.md").is_file()
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_is_told_by_that_rank(values: dict, tmp_path: Path) -> None:
     """A sample that only rank 1 reads is broken: its own line names it, and rank 0 reports a failed peer."""
     from digrap_scale.data.shards import write_shards
@@ -255,7 +256,12 @@ FLOAT16 = (
         pytest.param(
             ["sharding.backend=zero1", "sharding.mixed_precision=bfloat16"], False, marks=pytest.mark.slow, id="zero1"
         ),
-        (["sharding.backend=zero2", "sharding.mixed_precision=float16", "sharding.offload=cpu"], True),
+        pytest.param(
+            ["sharding.backend=zero2", "sharding.mixed_precision=float16", "sharding.offload=cpu"],
+            True,
+            marks=pytest.mark.slow,
+            id="zero2",
+        ),
     ],
 )
 def test_train_on_zero(values: dict, tmp_path: Path, overrides: list[str], float16: bool) -> None:
@@ -295,6 +301,7 @@ def _webp() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_convert_knows_the_shipped_models_towers(tmp_path: Path) -> None:
     """In a process of its own: other tests have made transformers know them."""
     model = Path(__file__).parents[1] / "digrap_scale/demo/assets/pictogram_vlm"

@@ -253,6 +253,7 @@ kept = {name: 0.8 * a[name] + 0.2 * b[name] for name in a}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "fits"), [(STREAMED, True), (ALL_AT_ONCE, False)])
 def test_peak_memory_is_a_few_tensors(tmp_path, work, fits):
     """Twenty tensors of 8 MB and two α under a hard limit: room for the mapped inputs and ten tensors more.

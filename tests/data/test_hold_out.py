@@ -187,6 +187,7 @@ def test_a_run_measures_it_apart(folder: Path, capsys: pytest.CaptureFixture[str
     assert f"data: train: {60 - len(held_of(60))} samples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_ranks_withhold_the_same(folder: Path) -> None:
     values = values_of(folder, "two", "fsdp2")
     batches = run_ranks(2, folder / "ranks", run_here, values)

@@ -59,6 +59,7 @@ def test_no_test_concept_is_in_training_in_any_style() -> None:
     assert not concepts & {meta["concept"] for meta in train}
 
 
+@pytest.mark.slow
 def test_at_least_480_concepts_in_four_styles_and_16_classes() -> None:
     styles: dict[str, set[str]] = {}
     label: dict[str, str] = {}

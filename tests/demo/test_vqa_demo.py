@@ -56,8 +56,10 @@ def test_shipped_vlm_loads_whole_in_plain_transformers() -> None:
 
 @pytest.mark.parametrize(
     ("styles", "least"),
-    [(vqa.COLOUR_STYLES, 0.15), ((vqa.SOURCE,), 0.08)],
-    ids=["seen styles", "an unseen style"],
+    [
+        pytest.param(vqa.COLOUR_STYLES, 0.15, id="seen styles", marks=pytest.mark.slow),
+        pytest.param((vqa.SOURCE,), 0.08, id="an unseen style"),
+    ],
 )
 def test_shipped_vlm_beats_the_question_alone_on_unseen_concepts(styles: tuple[str, ...], least: float) -> None:
     """Balanced answers, and no "what", which is asked about concepts that training saw."""

@@ -36,7 +36,8 @@ def values(tmp_path: Path) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_padded_steps_and_skipped_samples(values: dict[str, Any], tmp_path: Path, backend: str) -> None:
     """Two epochs end together on all ranks, with batches of padding for a bad sample alone and for none at all."""
     values["sharding"] = {"backend": backend}

@@ -199,17 +199,32 @@ def make_cases(backend: str, file: str) -> dict[str, Case]:
     return cases
 
 
-def quick_ranks(key: str) -> tuple[int, ...]:
-    """On how many ranks a case runs by default."""
-    if key.startswith(("fused", "stream", "sub_groups", "update_sub_groups", "ftp_", "lp_ft_")):
-        return (3,)
-    return (2, 3) if key in ("plain", "again", "update", "both", "early", "ftp", "lp_ft") else (2,)
+# By default: a case of each sort on three ranks, whose shards are uneven; the others on two, or with the long tests.
+ON_THREE = (
+    "plain", "again", "both", "update", "ftp", "fused_large", "stream_fused", "early", "sub_groups", "ftp_sub_groups"
+)  # fmt: skip
+ON_TWO = (
+    "plain", "again", "accumulation", "clipping", "stored", "blocks", "fixed", "pcgrad", "l2sp", "spd", "lp_ft", "early_update",
+    "engine_clips", "fused_update",
+)  # fmt: skip
+
+
+def cases_of(backend: str, ranks: int, rest: bool, file: str) -> dict[str, Case]:
+    cases = make_cases(backend, file)
+    if ranks == 4:  # a rank's share of the batch is three samples
+        return {key: replace(case, accumulation=3 if case.accumulation > 1 else 1) for key, case in cases.items()}
+    usual = ON_THREE if ranks == 3 else ON_TWO
+    return {key: case for key, case in cases.items() if (key in usual) != rest or key in ("plain", "again")}
 
 
 PLACES = [
-    pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=pytest.mark.slow if ranks == 4 else ())
+    pytest.param(
+        (backend, ranks, rest),
+        id=f"{backend}-{ranks}{', the rest' if rest else ''}",
+        marks=pytest.mark.slow if rest or ranks == 4 else (),
+    )
     for backend in ("ddp", "fsdp2", "zero3")
-    for ranks in (2, 3, 4)
+    for ranks, rest in ((2, False), (3, False), (2, True), (3, True), (4, False))
 ]
 
 
@@ -217,15 +232,10 @@ PLACES = [
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Case], list[dict]]:
-    backend, ranks = request.param
+    backend, ranks, rest = request.param
     folder = tmp_path_factory.mktemp("reference")
     save_file(make_theta0(make_toy()), folder / "model.safetensors")
-    cases = make_cases(backend, str(folder))
-    # Starting a case on more ranks takes longer than it tells: two and three ranks share them, four take all.
-    if ranks < 4:
-        cases = {key: case for key, case in cases.items() if ranks in quick_ranks(key)}
-    if ranks == 4:  # a rank's share of the batch is three samples
-        cases = {key: replace(case, accumulation=3 if case.accumulation > 1 else 1) for key, case in cases.items()}
+    cases = cases_of(backend, ranks, rest, str(folder))
     return backend, cases, run_ranks(ranks, tmp_path_factory.mktemp(backend), train_all, cases)
 
 

@@ -87,6 +87,7 @@ def test_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert not within(case, found, elements, largest)[0], case
 
 
+@pytest.mark.slow
 def test_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worst, elements, largest = measured(tmp_path, 512, 12, ["fsdp2", "zero3 mixed"], [True], monkeypatch)
     for case, found in worst.items():

@@ -15,7 +15,9 @@ METHODS = ["digrap", "digrap_update"]
 Trained = tuple[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.fixture(
+    scope="module", params=["fsdp2", *(pytest.param(zero, marks=pytest.mark.slow) for zero in ("zero2", "zero3"))]
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp(request.param)
     folders = {kind: str(save_vlm(kind, folder / kind)) for kind in KINDS}

@@ -47,7 +47,7 @@ REPLICAS: list[dict[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        pytest.param(2, CASES[2:13:5], id="2 ranks, a case of each sort"),
+        pytest.param(2, CASES[2:13:10], id="2 ranks, two cases"),
         pytest.param(2, CASES, id="2 ranks", marks=pytest.mark.slow),
         pytest.param(3, CASES, id="3 ranks", marks=pytest.mark.slow),
         pytest.param(4, REPLICAS, id="2 copies of 2 ranks", marks=pytest.mark.slow),

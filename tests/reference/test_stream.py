@@ -233,6 +233,7 @@ def peak_growth(folder: str, warm_up: str, placement: str) -> dict[str, float]:
     return result
 
 
+@pytest.mark.slow
 def test_resident_memory_is_the_buffers(tmp_path: Path) -> None:
     """A rank's part of the file is ten times the buffer and more; a resident reference fails the same bound."""
     torch.manual_seed(0)

@@ -28,13 +28,16 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [{"fsdp2": got} for got in run_ranks(5, tmp_path_factory.mktemp("five"), fsdp2_shards)]
 
 
+RANKS = ["two", "three", pytest.param("five", marks=pytest.mark.slow)]
+
+
 def assert_tiles(name: str, numel: int, intervals: list[list[int]]) -> None:
     filled = sorted(interval for interval in intervals if interval[0] < interval[1])
     edges = [0, *(stop for _, stop in filled)]
     assert [start for start, _ in filled] == edges[:-1] and edges[-1] == numel, f"{name}: {intervals}"
 
 
-@pytest.mark.parametrize("ranks", ["two", "three", "five"])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_fsdp2_tiles_every_parameter(ranks: str, request: pytest.FixtureRequest) -> None:
     results = [got["fsdp2"] for got in request.getfixturevalue(ranks)]
     trained = {name: p.numel() for name, p in Partly().named_parameters() if p.requires_grad}
@@ -51,7 +54,7 @@ def test_fsdp2_tiles_every_parameter(ranks: str, request: pytest.FixtureRequest)
     assert "body.blocks.0.gain" in empty
 
 
-@pytest.mark.parametrize("ranks", ["two", "three", "five"])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_what_is_left_whole_counts_once(ranks: str, request: pytest.FixtureRequest) -> None:
     for got in request.getfixturevalue(ranks):
         assert got["fsdp2"]["grad_norm"] == pytest.approx(got["fsdp2"]["norm"], rel=1e-6)

@@ -71,7 +71,8 @@ def test_steps_are_taken_and_nothing_is_written(
     assert f"rank 0 of {world_size or 1}" in lines[-2]
 
 
-@pytest.mark.parametrize("backend", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
 def test_deepspeed(folder: Path, tmp_path: Path, backend: str) -> None:
     """In a process of its own: DeepSpeed keeps the first group that it sees for good. With a DeepSpeed JSON."""
     theirs = {"zero_optimization": {"reduce_bucket_size": 100_000, "overlap_comm": False}, "gradient_clipping": "auto"}
