@@ -1,12 +1,13 @@
 """The study's shifted test sets, from the pictograms that ship.
 
     pip install corrupt-tta==0.1.7
-    python benchmarks/robustness/make_sets.py --out runs/robustness/sets [--no-photos]
+    python benchmarks/robustness/make_sets.py --out runs/robustness/sets [--no-fetch]
 
 Near: of each source style's ID test set, ImageNet-C's corruptions (Hendrycks and Dietterich 2019, arXiv 1903.12261) at
 severities 1, 3 and 5, drawn smaller, and on coloured grounds. Far: photographs (tuxpaint's stamps: fetched by apt-get, never
-kept here); the other styles ship already. Each image of a corrupted set has one of the corruptions, in turn. Everything
-follows from the names and numbers here: the same packages give the same bytes.
+kept here); other styles ship already. Two source styles that pre-training has not seen are rendered from their npm packages
+(openmoji is share-alike, so never kept here; of the other one only the test set ships). Each image of a corrupted set has one
+of the corruptions, in turn. Everything follows from the names and numbers here: the same packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import make_pictograms
+import pictograms as pg
+from pictogram_vqa_far import photographs as fetch_photographs
+
 from digrap_scale.data.shards import write_shards
 from digrap_scale.demo.pictogram_vqa import read_set
 from digrap_scale.demo.settings import ASSETS
 
 PICTOGRAMS = ASSETS / "pictograms"
 SOURCES = ("fluent-emoji-high-contrast", "noto", "twemoji")
+FETCHED_SOURCES = ("emojione-monotone", "openmoji")
 # Two of each of ImageNet-C's kinds (noise, blur, weather, digital) that need no large image.
 CORRUPTIONS = (
     "gaussian_noise",
@@ -77,8 +85,8 @@ def on_a_ground(image: Image.Image, number: int) -> Image.Image:
     return ImageChops.multiply(image, Image.new("RGB", image.size, GROUNDS[number % len(GROUNDS)]))
 
 
-def changed(style: str, name: str, change: Change) -> Iterator[dict[str, Any]]:
-    for number, sample in enumerate(read_set(PICTOGRAMS, f"{style}-test")):
+def changed(folder: Path, style: str, name: str, change: Change) -> Iterator[dict[str, Any]]:
+    for number, sample in enumerate(read_set(folder, f"{style}-test")):
         yield packed(f"{name}-{number:05d}", change(sample["image"], number), sample["meta"])
 
 
@@ -88,11 +96,14 @@ def packed(key: str, image: Image.Image, meta: dict[str, Any]) -> dict[str, Any]
     return {"key": key, "image": stream.getvalue(), "extension": "webp", "meta": meta}
 
 
-def photographs(packages: Path) -> Iterator[dict[str, Any]]:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-    from pictogram_vqa_far import photographs as fetched
+def rendered(style: str, part: str, packages: Path) -> Iterator[dict[str, Any]]:
+    """The labelled concepts of a part ("train" or "test") as the style draws them, with the shipped sets' split and quality."""
+    icons = pg.read_icons(pg.fetch((pg.STYLES | pg.FETCHED_STYLES)[style], packages))
+    yield from make_pictograms.demo_samples(icons, pg.make_split(), style, part)
 
-    tiles, label = fetched(packages)
+
+def photographs(packages: Path) -> Iterator[dict[str, Any]]:
+    tiles, label = fetch_photographs(packages)
     for number, concept in enumerate(sorted(tiles)):
         image = tiles[concept].resize((64, 64), Image.Resampling.LANCZOS)
         yield packed(f"photos-{number:05d}", image, {"label": label[concept], "concept": concept})
@@ -102,21 +113,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where packages are kept")
-    parser.add_argument("--no-photos", action="store_true", help="nothing is fetched")
+    parser.add_argument("--no-fetch", action="store_true", help="only what can be made of the sets that ship")
     options = parser.parse_args()
-    for style in SOURCES:
-        changes = {f"corrupted-{severity}": corrupted(severity) for severity in SEVERITIES}
+
+    def write(prefix: str, samples: Iterator[dict[str, Any]]) -> None:
+        print(prefix, write_shards(samples, options.out, prefix=prefix, samples_per_shard=SAMPLES_PER_SHARD).samples)
+
+    test_sets = dict.fromkeys(SOURCES, PICTOGRAMS)
+    if not options.no_fetch:
+        for style in FETCHED_SOURCES:
+            for part in ("train", "test"):
+                write(f"{style}-{part}", rendered(style, part, options.packages))
+            test_sets[style] = options.out
+        write("photos", photographs(options.packages))
+    changes = {f"corrupted-{severity}": corrupted(severity) for severity in SEVERITIES}
+    for style, folder in test_sets.items():
         for name, change in {**changes, "small": smaller, "grounds": on_a_ground}.items():
-            prefix = f"{style}-{name}"
-            samples = changed(style, prefix, change)
-            print(
-                prefix, write_shards(samples, options.out, prefix=prefix, samples_per_shard=SAMPLES_PER_SHARD).samples
-            )
-    if not options.no_photos:
-        shards = write_shards(
-            photographs(options.packages), options.out, prefix="photos", samples_per_shard=SAMPLES_PER_SHARD
-        )
-        print("photos", shards.samples)
+            write(f"{style}-{name}", changed(folder, style, f"{style}-{name}", change))
 
 
 if __name__ == "__main__":
