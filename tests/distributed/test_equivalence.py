@@ -204,8 +204,7 @@ ON_THREE = (
     "plain", "again", "both", "update", "ftp", "fused_large", "stream_fused", "early", "sub_groups", "ftp_sub_groups"
 )  # fmt: skip
 ON_TWO = (
-    "plain", "again", "accumulation", "clipping", "stored", "blocks", "fixed", "pcgrad", "l2sp", "spd", "lp_ft", "early_update",
-    "engine_clips", "fused_update",
+    "plain", "again", "accumulation", "stored", "pcgrad", "l2sp", "spd", "lp_ft", "early_update", "engine_clips", "fused_update"
 )  # fmt: skip
 
 
