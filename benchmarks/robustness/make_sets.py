@@ -1,6 +1,6 @@
 """The study's shifted test sets, from the pictograms that ship.
 
-    pip install corrupt-tta==0.1.7
+    pip install corrupt-tta==0.1.7 resvg-py==0.5.0
     python benchmarks/robustness/make_sets.py --out runs/robustness/sets [--no-fetch]
 
 Near: of each source style's ID test set, ImageNet-C's corruptions (Hendrycks and Dietterich 2019, arXiv 1903.12261) at
