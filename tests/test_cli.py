@@ -250,19 +250,14 @@ FLOAT16 = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "float16"),
     [
-        pytest.param(
-            ["sharding.backend=zero1", "sharding.mixed_precision=bfloat16"], False, marks=pytest.mark.slow, id="zero1"
-        ),
-        pytest.param(
-            ["sharding.backend=zero2", "sharding.mixed_precision=float16", "sharding.offload=cpu"],
-            True,
-            marks=pytest.mark.slow,
-            id="zero2",
-        ),
+        (["sharding.backend=zero1", "sharding.mixed_precision=bfloat16"], False),
+        (["sharding.backend=zero2", "sharding.mixed_precision=float16", "sharding.offload=cpu"], True),
     ],
+    ids=["zero1", "zero2"],
 )
 def test_train_on_zero(values: dict, tmp_path: Path, overrides: list[str], float16: bool) -> None:
     """Two processes under a launcher: steps, an overflow or two in float16, final weights and the table."""

@@ -208,10 +208,15 @@ ON_TWO = (
 )  # fmt: skip
 
 
+def on_four_ranks(cases: dict[str, Case]) -> dict[str, Case]:
+    """A rank's share of the batch is three samples there, which two micro-batches do not divide."""
+    return {key: replace(case, accumulation=3 if case.accumulation > 1 else 1) for key, case in cases.items()}
+
+
 def cases_of(backend: str, ranks: int, rest: bool, file: str) -> dict[str, Case]:
     cases = make_cases(backend, file)
-    if ranks == 4:  # a rank's share of the batch is three samples
-        return {key: replace(case, accumulation=3 if case.accumulation > 1 else 1) for key, case in cases.items()}
+    if ranks == 4:
+        return on_four_ranks(cases)
     usual = ON_THREE if ranks == 3 else ON_TWO
     return {key: case for key, case in cases.items() if (key in usual) != rest or key in ("plain", "again")}
 

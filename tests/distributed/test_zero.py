@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_equivalence import METHODS, compare, expected
+from tests.distributed.test_equivalence import METHODS, compare, expected, on_four_ranks
 from tests.distributed.training_runs import Case, train_all
 
 STEPS = 14
@@ -102,8 +102,7 @@ def cases_of(ranks: int, rest: bool) -> dict[str, Case]:
     if ranks < 4:
         usual = CORE if ranks == 2 else OPTIONS
         return {key: one for key, one in every.items() if key not in usual} if rest else usual
-    # A rank's share of the batch is three samples here.
-    return {key: replace(one, accumulation=3 if one.accumulation > 1 else 1) for key, one in every.items()}
+    return on_four_ranks(every)
 
 
 PLACES = [

@@ -83,11 +83,15 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return ranks, run_ranks(ranks, tmp_path_factory.mktemp("zero"), train_all, cases)
 
 
+def results_of(trained: Trained, key: str) -> list[dict[str, Any]]:
+    if key not in trained[1][0]:
+        pytest.skip("a case of the long tests")
+    return trained[1]
+
+
 @pytest.mark.parametrize("key", RUNS)
 def test_equals_plain_training(trained: Trained, key: str) -> None:
-    ranks, results = trained
-    if key not in results[0]:
-        pytest.skip("a case of the long tests")
+    ranks, results = trained[0], results_of(trained, key)
     run = RUNS[key]
     scale = None if run.power is None else LossScale(2.0**run.power, run.window)
     reference = low_precision_run(
@@ -121,9 +125,7 @@ def test_equals_plain_training(trained: Trained, key: str) -> None:
 def test_an_overflow_changes_nothing(trained: Trained, key: str) -> None:
     """Weights, moments, ω's state and p_{t-1} keep their bits, and the report names layers, the same on every rank."""
     names = {name for name, p in make_toy().named_parameters() if p.requires_grad and "unused" not in name}
-    _, results = trained
-    if key not in results[0]:
-        pytest.skip("a case of the long tests")
+    results = results_of(trained, key)
     for rank in results:
         assert rank[key]["changed"] == []
         for report, other in zip(rank[key]["reports"], results[0][key]["reports"], strict=True):
