@@ -8,7 +8,6 @@ samples are the same; when all are there they are counted, summed and moved into
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -34,6 +33,7 @@ from digrap_scale.data.reading import IMAGE_COUNT
 from digrap_scale.data.shards import FIXED_MEMBER_FIELDS, PREFIX, check_key, publish_shards
 from digrap_scale.data.tar import HEADER_BYTES, SampleError
 from digrap_scale.errors import ConfigError, PeerError, SaveError
+from digrap_scale.process_lock import ProcessLock
 
 PLAN_FILE = "plan.json"
 MAX_SHOWN_PROBLEMS = 50
@@ -148,25 +148,15 @@ def _first(problems: list[str]) -> list[str]:
 
 @contextmanager
 def _alone(folder: Path, prefix: str) -> Iterator[None]:
-    """No other run makes these shards meanwhile.
-
-    The lock is the kernel's record lock: it ends with this process, however that ends. ``filelock`` takes ``flock``,
-    which processes of a pool inherit, and keep for as long as one of them outlives a killed run.
-    """
+    """No other run makes these shards meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f".{prefix}.lock"
-    with open(file, "w") as stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(stream.fileno()).st_nlink == 0  # its run ended between the two lines above
-        except (BlockingIOError, PermissionError):
-            taken = True
-        if taken:
-            raise ConfigError(f"{folder}: another run makes shards {prefix}-*.tar; wait for it, or give another prefix")
-        try:
-            yield
-        finally:
-            file.unlink()
+    lock = ProcessLock(folder / f".{prefix}.lock")
+    if not lock.acquire():
+        raise ConfigError(f"{folder}: another run makes shards {prefix}-*.tar; wait for it, or give another prefix")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _begin(making: Path, paths: Sequence[Path], digests: Sequence[str]) -> None:

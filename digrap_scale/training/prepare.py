@@ -20,6 +20,7 @@ from digrap_scale.checkpoint.resume import AUTO, NEVER, find_checkpoint
 from digrap_scale.config import Config, dump_config, parse_config
 from digrap_scale.errors import CheckpointError, ConfigError, SaveError
 from digrap_scale.training.batches import training_patterns
+from digrap_scale.training.folder_lock import LOCK_FILE, FolderLock
 from digrap_scale.training.status import DONE, STATUS_FILE, now, outcome_of, read_status, write_status
 from digrap_scale.training.validate import check_reference, find_problems
 
@@ -66,8 +67,9 @@ class Start:
     done: bool = False
 
 
-def find_start(folder: Path, config: Config) -> Start:
-    """Rank 0's part before anything is built: find every problem, and what the run goes on from. Nothing is changed.
+def find_start(folder: Path, config: Config, lock: FolderLock) -> Start:
+    """Rank 0's part before anything is built: find every problem, and what the run goes on from. Nothing is changed; the
+    folder, if it is there, is this job's from here on.
 
     Raises:
         ConfigError: all problems, at once.
@@ -75,6 +77,7 @@ def find_start(folder: Path, config: Config) -> Start:
     """
     resume, restart = config.checkpoint.resume, launcher_restart()
     try:
+        lock.wait()
         status = read_status(folder) or {}
         if restart is not None and status.get("state") == DONE and _changed(folder / "config.yaml", config) == []:
             return Start(done=True)
@@ -109,17 +112,17 @@ def find_start(folder: Path, config: Config) -> Start:
     return start
 
 
-def make_folder(folder: Path, config: Config, start: Start) -> None:
+def make_folder(folder: Path, config: Config, start: Start, lock: FolderLock) -> None:
     """Rank 0's next part, when the checkpoint is found whole: make the run's folder, or keep it; adds to ``start.notes``.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or another job has made it meanwhile.
     """
     begins_there = start.checkpoint is not None and config.checkpoint.resume != AUTO and not start.restarted
     try:
+        lock.take()
         if start.replaces:
-            shutil.rmtree(folder.resolve())
-        folder.mkdir(parents=True, exist_ok=True)
+            _empty(folder)
         if start.checkpoint is not None and begins_there:
             start.notes += _set_aside(folder, start.checkpoint)
             changed = _changed(start.checkpoint / layout.CONFIG, config)
@@ -131,14 +134,27 @@ def make_folder(folder: Path, config: Config, start: Start) -> None:
 
 def holds_a_run(folder: Path) -> bool:
     """Whether there is more than the table of an earlier ``evaluate``, or how a start ended that came to nothing."""
-    return folder.is_dir() and any(entry.name not in ("evaluation", STATUS_FILE) for entry in folder.iterdir())
+    others = ("evaluation", STATUS_FILE, LOCK_FILE)
+    return folder.is_dir() and any(entry.name not in others for entry in folder.iterdir())
 
 
-def _may_tell(folder: Path, config: Config) -> bool:
-    """Whether how a start ended may be told there: not in place of a finished run's end, nor among files that are not ours."""
+def _empty(folder: Path) -> None:
+    """All but the lock goes."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
+            entry.unlink()
+
+
+def _may_tell(folder: Path, config: Config, lock: FolderLock) -> bool:
+    """Whether how a start ended may be told there: not in place of a finished run's end, nor of another job's run, nor among
+    files that are not ours."""
     if folder.exists() and not folder.is_dir():
         return False
     try:
+        if lock.is_elsewhere():
+            return False
         status = read_status(folder)
     except (OSError, ValueError):
         return False
@@ -148,8 +164,9 @@ def _may_tell(folder: Path, config: Config) -> bool:
 
 
 @contextmanager
-def telling_early_end(config: Config, rank: int) -> Iterator[None]:
-    """What ends a run before its log is there is in its ``status.json``, too; a finished run's stays as it is."""
+def telling_early_end(config: Config, rank: int, lock: FolderLock) -> Iterator[None]:
+    """What ends a run before its log is there is in its ``status.json``, too; a finished run's stays as it is, and so does
+    that of a run that another job goes on with."""
     started = now()
     try:
         yield
@@ -158,7 +175,7 @@ def telling_early_end(config: Config, rank: int) -> Iterator[None]:
         makes_none = (
             isinstance(error, ConfigError) and not folder.exists()
         )  # of a run that cannot start there is nothing
-        if rank == 0 and not makes_none and _may_tell(folder, config):
+        if rank == 0 and not makes_none and _may_tell(folder, config, lock):
             before = read_status(folder) or {}
             try:
                 write_status(

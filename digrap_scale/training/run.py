@@ -28,6 +28,7 @@ from digrap_scale.training.environment import note_environment
 from digrap_scale.training.evaluate import evaluate_run
 from digrap_scale.training.faults import Nobody, StopRequest, Watch
 from digrap_scale.training.final import save_final
+from digrap_scale.training.folder_lock import FolderLock
 from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
@@ -55,20 +56,20 @@ def train(config: Config) -> None:
     Raises:
         ConfigError, CheckpointError, SaveError, PeerError, NonFiniteError: see each; the message is for the user.
     """
-    stop, watches = StopRequest(), ExitStack()
+    stop, watches, lock = StopRequest(), ExitStack(), FolderLock(Path(config.run.folder))
     choose_operators(config)
-    with stop.listening(), watches, ExitStack() as job:
-        with telling_early_end(config, launched_rank()):
+    with stop.listening(), lock, watches, ExitStack() as job:
+        with telling_early_end(config, launched_rank(), lock):
             here = job.enter_context(place(config))
-        _train(config, here, stop, watches)
+        _train(config, here, stop, watches, lock)
 
 
-def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -> None:
+def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack, lock: FolderLock) -> None:
     folder = Path(config.run.folder)
-    with telling_early_end(config, here.rank):
+    with telling_early_end(config, here.rank, lock):
         ranks = Ranks.of_job(collective_timeout_s(config))
         preparing = Ranks.of_job(_PREPARATION_S)
-        start = preparing.on_first(lambda: find_start(folder, config))
+        start = preparing.on_first(lambda: find_start(folder, config, lock))
         if start.done:
             if here.rank == 0:
                 print(
@@ -77,7 +78,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack) -
                 )
             return
         checkpoint = None if start.checkpoint is None else open_together(start.checkpoint, preparing)
-        preparing.on_first(lambda: make_folder(folder, config, start))
+        preparing.on_first(lambda: make_folder(folder, config, start, lock))
         preparing.on_first(lambda: note_environment(folder, config, here.world_size))
         data = open_training_data(config, preparing.on_first)
         preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not

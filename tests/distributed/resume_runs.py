@@ -15,6 +15,7 @@ from digrap_scale.checkpoint.dcp import StoredParts
 from digrap_scale.config import parse_config
 from digrap_scale.training import loop, run
 from digrap_scale.training.faults import StopRequest
+from digrap_scale.training.folder_lock import FolderLock
 from digrap_scale.training.setup import Place
 from digrap_scale.types import Batch, TensorPart
 from tests.distributed.training_runs import allow_float16
@@ -63,10 +64,9 @@ def run_here(values: dict[str, Any]) -> list[list[str]]:
     if values["sharding"].get("mixed_precision") == "float16":
         overflow_at_first()
     try:
-        with ExitStack() as watches:
-            run._train(
-                parse_config(yaml.safe_dump(values)), Place(rank, size, torch.device("cpu")), StopRequest(), watches
-            )
+        with ExitStack() as watches, FolderLock(Path(values["run"]["folder"])) as lock:
+            here = Place(rank, size, torch.device("cpu"))
+            run._train(parse_config(yaml.safe_dump(values)), here, StopRequest(), watches, lock)
     finally:
         loop.prepared = original
     return keys

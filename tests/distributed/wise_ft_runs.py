@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import yaml
 from digrap_scale.config import parse_config
 from digrap_scale.training import run, wise_ft
 from digrap_scale.training.faults import StopRequest
+from digrap_scale.training.folder_lock import FolderLock
 from digrap_scale.training.setup import Place
 
 ALPHAS = (0.0, 0.3, 0.5, 1.0)
@@ -40,10 +42,9 @@ def run_interpolated(values: dict[str, Any]) -> dict[str, torch.Tensor]:
 
     wise_ft.evaluate_run, run.interpolated_rows = evaluated, rows
     try:
-        with ExitStack() as watches:
-            run._train(
-                parse_config(yaml.safe_dump(values)), Place(rank, size, torch.device("cpu")), StopRequest(), watches
-            )
+        with ExitStack() as watches, FolderLock(Path(values["run"]["folder"])) as lock:
+            here = Place(rank, size, torch.device("cpu"))
+            run._train(parse_config(yaml.safe_dump(values)), here, StopRequest(), watches, lock)
     finally:
         wise_ft.evaluate_run, run.interpolated_rows = originals
     return dict(zip([*(f"{alpha:g}" for alpha in ALPHAS), "after"], seen, strict=True))

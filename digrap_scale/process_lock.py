@@ -1,0 +1,67 @@
+"""A file that one process holds at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+class ProcessLock:
+    """The kernel's record lock on a file: it ends with this process, however that ends.
+
+    ``filelock`` takes ``flock``, which children of a process inherit, and keep for as long as one of them outlives it.
+
+    Args:
+        file: its path; made by ``acquire``, removed by ``release``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds it."""
+        return self._descriptor is not None
+
+    def acquire(self) -> bool:
+        """Take it, at once; whether it is this process's now.
+
+        Raises:
+            OSError: the file cannot be made, or its file system has no locks.
+        """
+        while self._descriptor is None:
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in _HELD:
+                    return False
+                raise
+            if os.fstat(descriptor).st_nlink == 0:  # it was released, and removed, since it was opened
+                os.close(descriptor)
+                continue
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            self._descriptor = descriptor
+        return True
+
+    def holder(self) -> str:
+        """Who has it, in words."""
+        try:
+            return self.file.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        except FileNotFoundError:
+            return "another process"
+
+    def release(self) -> None:
+        """Remove the file, if this process holds it."""
+        if self._descriptor is not None:
+            self.file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
