@@ -45,9 +45,7 @@ class FolderLock:
             ConfigError: another job has it.
             OSError: the file cannot be made.
         """
-        if not self._folder.is_dir():
-            return
-        if self._acquired():
+        if not self._folder.is_dir() or self._acquired():
             return
         holder = self._lock.holder()
         print(f"{self._folder} is in use by {holder}; waiting for it to end, at most {_WAIT_S:g} s", file=sys.stderr)

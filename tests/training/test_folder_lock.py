@@ -28,7 +28,6 @@ Job = subprocess.Popen[str]
 
 HOLD = """
 import os, sys, time
-from contextlib import suppress
 from pathlib import Path
 from digrap_scale.process_lock import ProcessLock
 
