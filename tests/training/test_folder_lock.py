@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from digrap_scale import process_lock
 from digrap_scale.errors import ConfigError
 from digrap_scale.process_lock import ProcessLock
 from digrap_scale.training import folder_lock
@@ -27,10 +28,10 @@ from tests.models.tiny import save_vit
 Job = subprocess.Popen[str]
 
 HOLD = """
-import os, sys, time
+import os, runpy, sys, time
 from pathlib import Path
-from digrap_scale.process_lock import ProcessLock
 
+ProcessLock = runpy.run_path(sys.argv[3])["ProcessLock"]  # without the package, whose import takes seconds
 assert ProcessLock(Path(sys.argv[1])).acquire()
 if sys.argv[2] == "fork" and os.fork() == 0:
     time.sleep(60)  # a data worker that outlives its trainer
@@ -48,7 +49,7 @@ def held() -> Iterator[Callable[..., Job]]:
 
     def hold(folder: Path, how: str = "hold") -> Job:
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", HOLD, str(folder / LOCK_FILE), how]
+        command = [sys.executable, "-c", HOLD, str(folder / LOCK_FILE), how, process_lock.__file__]
         jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
         assert (stream := jobs[-1].stdout) is not None and stream.readline() == "held\n"
         return jobs[-1]
@@ -84,7 +85,7 @@ def test_a_second_job_leaves_the_first_alone(
 def test_a_job_that_is_killed_makes_way(
     values: dict[str, Any], held: Callable[..., Job], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    killer = threading.Timer(2.0, held(tmp_path / "run").kill)
+    killer = threading.Timer(1.0, held(tmp_path / "run").kill)
     killer.start()
     assert len(run_here(values)) == 6
     killer.join()
