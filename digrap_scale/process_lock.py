@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
 from pathlib import Path
-
-_HELD = (errno.EACCES, errno.EAGAIN)
 
 
 class ProcessLock:
@@ -41,7 +38,7 @@ class ProcessLock:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 os.close(descriptor)
-                if error.errno in _HELD:
+                if isinstance(error, (BlockingIOError, PermissionError)):
                     return False
                 raise
             if os.fstat(descriptor).st_nlink == 0:  # it was released, and removed, since it was opened

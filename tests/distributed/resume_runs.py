@@ -50,9 +50,16 @@ def values_of(path: Path, folder: Path, backend: str, **sections: dict[str, Any]
     return values
 
 
+def train_here(values: dict[str, Any]) -> None:
+    """The run, in this process's place."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    here = Place(rank, size, torch.device("cpu"))
+    with ExitStack() as watches, FolderLock(Path(values["run"]["folder"])) as lock:
+        run._train(parse_config(yaml.safe_dump(values)), here, StopRequest(), watches, lock)
+
+
 def run_here(values: dict[str, Any]) -> list[list[str]]:
     """The run, in this process's place; returns the keys of its batches."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     keys: list[list[str]] = []
     original = loop.prepared
 
@@ -64,9 +71,7 @@ def run_here(values: dict[str, Any]) -> list[list[str]]:
     if values["sharding"].get("mixed_precision") == "float16":
         overflow_at_first()
     try:
-        with ExitStack() as watches, FolderLock(Path(values["run"]["folder"])) as lock:
-            here = Place(rank, size, torch.device("cpu"))
-            run._train(parse_config(yaml.safe_dump(values)), here, StopRequest(), watches, lock)
+        train_here(values)
     finally:
         loop.prepared = original
     return keys

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import yaml
 
-from digrap_scale.config import parse_config
 from digrap_scale.training import run, wise_ft
-from digrap_scale.training.faults import StopRequest
-from digrap_scale.training.folder_lock import FolderLock
-from digrap_scale.training.setup import Place
+from tests.distributed.resume_runs import train_here
 
 ALPHAS = (0.0, 0.3, 0.5, 1.0)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -22,7 +15,6 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 def run_interpolated(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The run, in this process's place; α → the logits of ``IMAGES`` at each evaluation, and ``after`` all of them."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seen: list[torch.Tensor] = []
     originals = wise_ft.evaluate_run, run.interpolated_rows
 
@@ -42,9 +34,7 @@ def run_interpolated(values: dict[str, Any]) -> dict[str, torch.Tensor]:
 
     wise_ft.evaluate_run, run.interpolated_rows = evaluated, rows
     try:
-        with ExitStack() as watches, FolderLock(Path(values["run"]["folder"])) as lock:
-            here = Place(rank, size, torch.device("cpu"))
-            run._train(parse_config(yaml.safe_dump(values)), here, StopRequest(), watches, lock)
+        train_here(values)
     finally:
         wise_ft.evaluate_run, run.interpolated_rows = originals
     return dict(zip([*(f"{alpha:g}" for alpha in ALPHAS), "after"], seen, strict=True))

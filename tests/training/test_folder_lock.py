@@ -109,7 +109,7 @@ def test_a_folder_that_another_job_has_made_meanwhile(held: Callable[..., Job], 
         assert lock.is_elsewhere()
 
 
-def test_a_replaced_folder_is_held_throughout(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_what_a_replaced_folder_links_to_is_left_alone(tmp_path: Path, values: dict[str, Any]) -> None:
     run_here(values)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_text("")
