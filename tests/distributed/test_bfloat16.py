@@ -40,6 +40,7 @@ from tests.distributed.training_runs import (
 
 Trained = tuple[str, int, list[dict[str, Any]]]
 BACKENDS = ("fsdp2", "fsdp2 float32 sums", "zero3")
+QUICK = (("fsdp2", 2), ("zero3", 2))
 MU = 0.05
 UNIT, MAPS, FLIPS = 2.0**-8, 4, 4
 WEIGHT_TOLERANCE = FLIPS * 2 * max(LR.values()) * MAPS * UNIT
@@ -68,7 +69,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((backend, ranks), id=f"{backend}-{ranks}", marks=[] if ranks == 2 else pytest.mark.slow)
+        pytest.param(
+            (backend, ranks), id=f"{backend}-{ranks}", marks=[] if (backend, ranks) in QUICK else pytest.mark.slow
+        )
         for backend in BACKENDS
         for ranks in (2, 3, 4)
     ],

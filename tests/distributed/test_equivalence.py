@@ -201,7 +201,7 @@ def make_cases(backend: str, file: str) -> dict[str, Case]:
 
 # By default: a case of each sort on three ranks, whose shards are uneven; the others on two, or with the long tests.
 ON_THREE = (
-    "plain", "again", "both", "update", "ftp", "fused_large", "stream_fused", "early", "sub_groups", "ftp_sub_groups"
+    "plain", "again", "both", "update", "ftp", "stream_fused", "sub_groups", "ftp_sub_groups"
 )  # fmt: skip
 ON_TWO = (
     "plain", "again", "accumulation", "stored", "pcgrad", "l2sp", "spd", "lp_ft", "early_update", "engine_clips", "fused_update"
