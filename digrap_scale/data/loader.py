@@ -21,11 +21,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from digrap_scale.data.order import hashed
 from digrap_scale.data.reading import decode_sample
@@ -34,6 +32,7 @@ from digrap_scale.data.sources import Located, Source, Sources, left_out_of
 from digrap_scale.data.splitting import Cursor, Remainder, Split, eval_batches, eval_spans
 from digrap_scale.data.tar import SampleError, ShardReader
 from digrap_scale.data.tasks.base import Task
+from digrap_scale.data.workers import Delivery, Failure, Workers
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.types import Batch
 
@@ -43,43 +42,24 @@ logger = logging.getLogger(__name__)
 Place = TypeVar("Place")
 
 
-@dataclass
-class _Delivery:
-    """A batch on its way from a worker, and the bad samples that are not in it."""
-
-    batch: Batch
-    skipped: list[str] = field(default_factory=list)
-
-    def pin_memory(self) -> _Delivery:
-        """DataLoader calls it where there is an accelerator."""
-        return _Delivery(self.batch.pin_memory(), self.skipped)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A data error on its way from a worker process, which could only pass on a traceback."""
-
-    problems: list[str]
-
-
-class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
+class _Batches(Dataset[Delivery | Failure], Generic[Place]):
     """Batches by their places; every worker process has a copy, and opens its own files."""
 
     def __init__(self, sources: Sources, task: Task, skip: bool) -> None:
         self.sources, self.task, self.skip = sources, task, skip
         self._reader: ShardReader | None = None
 
-    def __getitem__(self, place: Place) -> _Delivery | _Failure:
+    def __getitem__(self, place: Place) -> Delivery | Failure:
         try:
             return self._make(self.located(place))
         except ConfigError as error:
-            return _Failure(error.problems)
+            return Failure(error.problems)
 
     def located(self, place: Place) -> list[Located]:
         """The samples of a batch."""
         raise NotImplementedError
 
-    def _make(self, located: list[Located]) -> _Delivery:
+    def _make(self, located: list[Located]) -> Delivery:
         samples: list[dict[str, Any]] = []
         skipped: list[str] = []
         for where in located:
@@ -95,7 +75,7 @@ class _Batches(Dataset[_Delivery | _Failure], Generic[Place]):
             if not self.skip:
                 raise
             batch = self._collate_good(samples, skipped)
-        return _Delivery(batch, skipped)
+        return Delivery(batch, skipped)
 
     def _collate_good(self, samples: list[dict[str, Any]], skipped: list[str]) -> Batch:
         """The batch without the samples that the task refuses."""
@@ -145,37 +125,6 @@ class _EvalBatches(_Batches[int]):
     def located(self, place: int) -> list[Located]:
         spans = eval_spans(self.sources.counts, place, **self._place)
         return [Located(span.shard, index, 0) for span in spans for index in range(span.start, span.stop)]
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How batches are made.
-
-    Attributes:
-        count: loader processes of this rank; 0 makes them in this process.
-        prefetch_batches: batches that each of them makes ahead.
-    """
-
-    count: int = 0
-    prefetch_batches: int = 2
-
-    def run(self, batches: _Batches[Place], places: Iterable[Place], seed: int) -> Iterator[_Delivery]:
-        """The batches of ``places``, in order. Raises: ConfigError: what is wrong with a shard or sample."""
-        # Its own generator: starting workers must not draw from the global one, which seeds dropout.
-        loader: DataLoader[_Delivery | _Failure] = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=places,
-            num_workers=self.count,
-            prefetch_factor=self.prefetch_batches if self.count else None,
-            pin_memory=torch.accelerator.is_available(),
-            generator=torch.Generator().manual_seed(seed),
-            in_order=True,
-        )
-        for item in loader:
-            if isinstance(item, _Failure):
-                raise ConfigError(item.problems)
-            yield item
 
 
 class EvaluationLoader(Iterable[Batch]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,21 @@ def test_training_epochs_are_exact(shards: ShardSet, workers: int) -> None:
     assert epochs[0] != epochs[1]
     # not in the order of the shards
     assert sum(b == a + 1 for a, b in zip(epochs[0], epochs[0][1:], strict=False)) < 24
+
+
+def test_workers_outlive_a_request_to_stop(shards: ShardSet) -> None:
+    """torchrun sends SIGTERM to all processes of a rank, which still takes steps, and saves. A second one ends them."""
+    batches = iter(loader(shards, True, workers=1))
+    first = list(islice(batches, 2))
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    assert numbers(first + list(islice(batches, 9))) == numbers(list(islice(loader(shards, True), 11)))
+    assert worker.is_alive()
+    with suppress(RuntimeError):  # torch's, at SIGCHLD, where it comes before join
+        worker.terminate()
+        worker.join(20)
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("workers", [0, 2])

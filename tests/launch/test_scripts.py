@@ -97,6 +97,7 @@ def test_a_launcher_that_is_asked_to_stop(script: str, tmp_path: Path) -> None:
     """SIGTERM to the launcher, as a scheduler sends it: the ranks save, and the same command goes on."""
     values = config(save_vit(tmp_path / "vit", classes=16), tmp_path / "run", training={"steps": 5000})
     values["evaluation"]["suite"], values["checkpoint"] = [], {"every_steps": 5000}
+    values["data"]["workers"] = 1  # they get the signal, too
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     variables = {"HOSTFILE": str(tmp_path / "hosts"), "NODE_RANK": "0", "PORT": str(free_port())}

@@ -1,0 +1,69 @@
+"""Loader processes: what comes from them, in the order of what they were asked for."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from digrap_scale.errors import ConfigError
+from digrap_scale.types import Batch
+
+
+@dataclass
+class Delivery:
+    """A batch on its way from a worker, and the bad samples that are not in it."""
+
+    batch: Batch
+    skipped: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> Delivery:
+        """DataLoader calls it where there is an accelerator."""
+        return Delivery(self.batch.pin_memory(), self.skipped)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A data error on its way from a worker process, which could only pass on a traceback."""
+
+    problems: list[str]
+
+
+def _outlive_a_request_to_stop(_worker: int) -> None:
+    """Launchers send SIGTERM to all processes of a rank, which needs its workers until it has saved. A second one ends them."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How batches are made.
+
+    Attributes:
+        count: loader processes of this rank; 0 makes them in this process.
+        prefetch_batches: batches that each of them makes ahead.
+    """
+
+    count: int = 0
+    prefetch_batches: int = 2
+
+    def run(self, batches: Dataset[Delivery | Failure], places: Iterable[object], seed: int) -> Iterator[Delivery]:
+        """The batches of ``places``, in order. Raises: ConfigError: what is wrong with a shard or sample."""
+        # Its own generator: starting workers must not draw from the global one, which seeds dropout.
+        loader: DataLoader[Delivery | Failure] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=places,
+            num_workers=self.count,
+            prefetch_factor=self.prefetch_batches if self.count else None,
+            pin_memory=torch.accelerator.is_available(),
+            generator=torch.Generator().manual_seed(seed),
+            in_order=True,
+            worker_init_fn=_outlive_a_request_to_stop,
+        )
+        for item in loader:
+            if isinstance(item, Failure):
+                raise ConfigError(item.problems)
+            yield item
