@@ -62,7 +62,7 @@ def _ablations(method: Mapping[str, Any]) -> Iterable[Problem]:
 
 
 def _interpolation(
-    alphas: Sequence[float], suite: Sequence[object], at_end: bool, lora: Mapping[str, Any] | None
+    alphas: Sequence[float], suite: Sequence[object], at_end: bool, lora: Mapping[str, Any] | None, batch_norm: str
 ) -> Iterable[Problem]:
     key = ("evaluation", "interpolate_alphas")
     if not alphas:
@@ -77,10 +77,19 @@ def _interpolation(
             key,
             f"expected no value with model.lora.dora, found {list(alphas)}; its magnitudes are no difference of weights",
         )
+    if batch_norm == "train":
+        yield (
+            key,
+            f"expected no value with model.batch_norm `train`, found {list(alphas)}; its statistics are no weights: use "
+            "digrap-scale interpolate, which mixes them too, or `frozen`",
+        )
 
 
 METHOD_CHECKS = (
-    Check(("evaluation.interpolate_alphas", "evaluation.suite", "evaluation.at_end", "model.lora"), _interpolation),
+    Check(
+        ("evaluation.interpolate_alphas", "evaluation.suite", "evaluation.at_end", "model.lora", "model.batch_norm"),
+        _interpolation,
+    ),
     Check(("method",), _ablations),
     Check(("method", "reference.source", "model.lora"), _ftp),
     Check(("method", "model.new_head", "model.task"), _head),

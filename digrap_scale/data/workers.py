@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -32,9 +34,16 @@ class Failure:
     problems: list[str]
 
 
-def _outlive_a_request_to_stop(_worker: int) -> None:
-    """Launchers send SIGTERM to all processes of a rank, which needs its workers until it has saved. A second one ends them."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def _heed_the_rank_alone(_worker: int) -> None:
+    """Of a worker: launchers send SIGTERM to all processes of a rank, which needs its workers until it has saved."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass  # somebody else's
+    os._exit(0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Workers:
             pin_memory=torch.accelerator.is_available(),
             generator=torch.Generator().manual_seed(seed),
             in_order=True,
-            worker_init_fn=_outlive_a_request_to_stop,
+            worker_init_fn=_heed_the_rank_alone,
         )
         for item in loader:
             if isinstance(item, Failure):

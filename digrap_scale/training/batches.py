@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,21 @@ from digrap_scale.types import Batch
 Once = Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]]
 
 
-def open_training_data(config: Config, once: Once = lambda action: action()) -> list[Source]:
-    """``data.train`` as one source, or ``data.sources``; without what ``data.hold_out`` withholds.
+@dataclass(frozen=True)
+class TrainingData:
+    """The training shards, opened.
+
+    Attributes:
+        sources: what is trained on: ``data.train`` as one source, or ``data.sources``.
+        validation: what ``data.hold_out`` withholds of all sources; None without it.
+    """
+
+    sources: list[Source]
+    validation: ShardSet | None
+
+
+def open_training_data(config: Config, once: Once = lambda action: action()) -> TrainingData:
+    """The run's training shards; with ``data.hold_out`` it reads a header a sample.
 
     Args:
         once: does what need not be done on every rank, and gives the result on all; by default on this one.
@@ -36,26 +49,18 @@ def open_training_data(config: Config, once: Once = lambda action: action()) -> 
     Raises:
         ConfigError: see ``open_shards`` and ``held_rows``.
     """
-    return [source for source, _ in _training_data(config, once)]
-
-
-def open_validation(config: Config, once: Once = lambda action: action()) -> ShardSet:
-    """What ``data.hold_out``, which must be set, withholds of all sources. Raises: ConfigError: as above."""
-    return join([held for _, held in _training_data(config, once) if held is not None])
-
-
-def _training_data(config: Config, once: Once) -> list[tuple[Source, ShardSet | None]]:
     data = config.data
     skip = data.on_bad_sample == "skip"
     listed = [("train", data.train, 1.0)] if data.train else [(s.name, s.shards, s.weight) for s in data.sources]
-    found: list[tuple[Source, ShardSet | None]] = []
+    sources, withheld = [], []
     for name, patterns, weight in listed:
-        shards, held = open_shards(patterns, data, skip=skip), None
+        shards = open_shards(patterns, data, skip=skip)
         if data.hold_out is not None:
             rows = once(partial(held_rows, shards, data.hold_out))
             shards, held = split(shards, rows, data.hold_out)
-        found.append((Source(name, shards, weight), held))
-    return found
+            withheld.append(held)
+        sources.append(Source(name, shards, weight))
+    return TrainingData(sources, join(withheld) if withheld else None)
 
 
 def training_patterns(config: Config) -> list[str]:
@@ -123,7 +128,7 @@ def describe_data(config: Config, world_size: int) -> list[str]:
     """
     training, data = config.training, config.data
     micro, accumulation_steps = portions(training, world_size)
-    sources = open_training_data(config)
+    sources = open_training_data(config).sources
     counts = [count for source in sources for count in source.shards.counts]
     split = Split(
         sum(counts),

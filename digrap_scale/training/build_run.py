@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from digrap_scale.config import Config
-from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.tasks.base import Task
 from digrap_scale.data.tasks.build import build_task, required_classes
 from digrap_scale.method.build import from_config
@@ -37,7 +36,6 @@ class BuiltRun:
     model_class: type[nn.Module]
     base_class: type[nn.Module]  # without adapters
     task: Task | None
-    validation: ShardSet | None = None  # what data.hold_out withholds, once somebody has asked for it
 
 
 def build_run(config: Config, here: Place, adapter: Path | None = None) -> BuiltRun:

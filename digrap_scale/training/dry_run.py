@@ -104,7 +104,7 @@ def _steps(config: Config, steps: int, here: Place, imagined: bool, message: Cal
     before = _resident_bytes() if here.device.type == "cpu" else 0
     if here.device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
-    data = open_training_data(config)
+    data = open_training_data(config).sources
     total_steps = count_steps(config, sum(source.shards.samples for source in data))
     if steps > total_steps:
         raise ConfigError(f"--dry-run: expected at most the run's {total_steps} steps, found {steps}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config import Config
 from digrap_scale.config.data_checks import VALIDATION
 from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.hold_out import join
 from digrap_scale.data.loader import build_evaluation_loader
 from digrap_scale.data.shards import ShardSet
+from digrap_scale.data.sources import Source
 from digrap_scale.data.tasks.vqa import VqaTask
 from digrap_scale.errors import ConfigError
 from digrap_scale.evaluation.report import ReportRow, print_report, write_report
@@ -21,11 +23,11 @@ from digrap_scale.evaluation.shift import ShiftDegrees, measure_shift
 from digrap_scale.evaluation.suite import Shift, SuiteResult, evaluate_suite, evaluation_mode
 from digrap_scale.models.embeddings import build_embed
 from digrap_scale.sharding.engine import Engine
-from digrap_scale.training.batches import Once, open_training_data, open_validation, training_patterns
+from digrap_scale.training.batches import TrainingData, open_training_data
 from digrap_scale.training.build_run import BuiltRun, build_run
 from digrap_scale.training.loop import prepared
 from digrap_scale.training.prepare import refuse
-from digrap_scale.training.setup import Place, place
+from digrap_scale.training.setup import PREPARATION_S, Place, peer_errors, place
 from digrap_scale.training.validate import find_problems
 from digrap_scale.types import Batch
 
@@ -43,9 +45,13 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
     adapter = Path(weights) if weights is not None and config.model.lora is not None else None
     if weights is not None and adapter is None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
-    with place(config) as here:
-        here.on_rank_0(lambda: refuse(find_problems(config)))
-        result = evaluate_run(build_run(config, here, adapter), config, here)
+    with place(config) as here, peer_errors():
+        preparing = Ranks.of_job(PREPARATION_S)
+        preparing.on_first(lambda: refuse(find_problems(config)))
+        reads_training = config.data.hold_out is not None or config.evaluation.shift_degree is not None
+        data = open_evaluation(config, open_training_data(config, preparing.on_first) if reads_training else None)
+        preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
+        result = evaluate_run(build_run(config, here, adapter), config, here, data)
         if here.rank == 0:
             rows = [ReportRow(weights or config.model.path, result)]
             write_report(rows, Path(config.run.folder) / "evaluation", notes=[])
@@ -54,18 +60,44 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
         return result
 
 
-def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
+@dataclass(frozen=True)
+class EvaluationData:
+    """What is measured, opened.
+
+    Attributes:
+        tests: the suite's sets, by name.
+        validation: what ``data.hold_out`` withholds; None without it.
+        training: what the sets' shifts are measured against; None without ``evaluation.shift_degree``.
+    """
+
+    tests: dict[str, ShardSet]
+    validation: ShardSet | None
+    training: ShardSet | None
+
+
+def open_evaluation(config: Config, training: TrainingData | None) -> EvaluationData:
+    """The suite's shards; before a run's first step, since to fetch them may take longer than ranks wait for each other.
+
+    Args:
+        training: the training shards; None where neither ``data.hold_out`` nor ``evaluation.shift_degree`` is set.
+
+    Raises:
+        ConfigError, SaveError: see ``open_shards``.
+    """
+    tests = {entry.name: open_shards(entry.shards, config.data) for entry in config.evaluation.suite}
+    if training is None:
+        return EvaluationData(tests, None, None)
+    return EvaluationData(tests, training.validation, _shift_shards(config, training.sources))
+
+
+def evaluate_run(run: BuiltRun, config: Config, here: Place, data: EvaluationData) -> SuiteResult:
     """Every test set of the suite, and what ``data.hold_out`` withholds (as ``validation``), with the run's weights as they
     are; the result on every rank. Collective."""
     assert run.task is not None, "the schema asks for data.classes where there is a suite"
-    loaders = {
-        entry.name: _loader(run, config, here, open_shards(entry.shards, config.data))
-        for entry in config.evaluation.suite
-    }
+    loaders = {name: _loader(run, config, here, shards) for name, shards in data.tests.items()}
     shifts: dict[str, Shift] = {entry.name: entry.shift for entry in config.evaluation.suite}
-    if config.data.hold_out is not None:
-        run.validation = run.validation or open_validation(config, here.on_rank_0)
-        loaders[VALIDATION] = _loader(run, config, here, run.validation)
+    if data.validation is not None:
+        loaders[VALIDATION] = _loader(run, config, here, data.validation)
         shifts[VALIDATION] = "validation"
     with run.engine.inference():
         result = evaluate_suite(
@@ -80,14 +112,17 @@ def evaluate_run(run: BuiltRun, config: Config, here: Place) -> SuiteResult:
             gather=here.gather,
         )
         if config.evaluation.shift_degree is not None:
+            assert data.training is not None
             tested = {name: loader for name, loader in loaders.items() if shifts[name] != "validation"}
-            result = result.with_shift_degrees(_shift_degrees(run, config, here, tested))
+            training = _loader(run, config, here, data.training)
+            result = result.with_shift_degrees(_shift_degrees(run, config, here, training, tested))
     return result
 
 
-def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[str, Iterable[Batch]]) -> ShiftDegrees:
+def _shift_degrees(
+    run: BuiltRun, config: Config, here: Place, training: Iterable[Batch], loaders: Mapping[str, Iterable[Batch]]
+) -> ShiftDegrees:
     """How far each test set is from the training set, with the run's weights as they are. Collective."""
-    training = _loader(run, config, here, _shift_shards(config, here.on_rank_0))
     model = run.engine.model
     is_text = run.task.encoder.is_text if isinstance(run.task, VqaTask) else None
     with evaluation_mode(model):
@@ -95,13 +130,11 @@ def _shift_degrees(run: BuiltRun, config: Config, here: Place, loaders: Mapping[
         return measure_shift(model, embed, training, loaders, device=here.device, reduce_=here.sum_)
 
 
-def _shift_shards(config: Config, once: Once = lambda action: action()) -> ShardSet:
+def _shift_shards(config: Config, sources: Sequence[Source]) -> ShardSet | None:
     """The training shards that shifts are measured against: all, or enough of them, drawn by the run's seed."""
-    if config.data.hold_out is None:
-        shards = open_shards(training_patterns(config), config.data)
-    else:
-        shards = join([source.shards for source in open_training_data(config, once)])
-    assert config.evaluation.shift_degree is not None
+    if config.evaluation.shift_degree is None:
+        return None
+    shards = join([source.shards for source in sources])
     wanted = config.evaluation.shift_degree.train_samples
     if wanted is None or wanted >= shards.samples:
         return shards

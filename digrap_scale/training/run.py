@@ -25,7 +25,7 @@ from digrap_scale.training.batches import (
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.clock import profiling
 from digrap_scale.training.environment import note_environment
-from digrap_scale.training.evaluate import evaluate_run
+from digrap_scale.training.evaluate import evaluate_run, open_evaluation
 from digrap_scale.training.faults import Nobody, StopRequest, Watch
 from digrap_scale.training.final import save_final
 from digrap_scale.training.folder_lock import FolderLock
@@ -34,6 +34,7 @@ from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
 from digrap_scale.training.prepare import find_start, make_folder, telling_early_end
 from digrap_scale.training.setup import (
+    PREPARATION_S,
     Place,
     choose_operators,
     collective_timeout_s,
@@ -45,9 +46,6 @@ from digrap_scale.training.setup import (
 )
 from digrap_scale.training.trackers import tracking
 from digrap_scale.training.wise_ft import check_interpolation, interpolated_rows
-
-# Files may take hours: rank 0's look at all data, shards that every node fetches. A rank that dies meanwhile is noticed at once.
-_PREPARATION_S = 7 * 24 * 3600.0
 
 
 def train(config: Config) -> None:
@@ -68,7 +66,7 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack, l
     folder = Path(config.run.folder)
     with telling_early_end(config, here.rank, lock):
         ranks = Ranks.of_job(collective_timeout_s(config))
-        preparing = Ranks.of_job(_PREPARATION_S)
+        preparing = Ranks.of_job(PREPARATION_S)
         start = preparing.on_first(lambda: find_start(folder, config, lock))
         if start.done:
             if here.rank == 0:
@@ -81,9 +79,11 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack, l
         preparing.on_first(lambda: make_folder(folder, config, start, lock))
         preparing.on_first(lambda: note_environment(folder, config, here.world_size))
         data = open_training_data(config, preparing.on_first)
+        evaluates = config.evaluation.at_end and bool(config.evaluation.suite)
+        measured = open_evaluation(config, data) if evaluates else None
         preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
-        here.same("training shards: samples of each", [source.shards.counts for source in data])
-        total_steps = count_steps(config, sum(source.shards.samples for source in data))
+        here.same("training shards: samples of each", [source.shards.counts for source in data.sources])
+        total_steps = count_steps(config, sum(source.shards.samples for source in data.sources))
     start_step = 0 if checkpoint is None else checkpoint.step
     with (
         RunLog(
@@ -106,12 +106,12 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack, l
         limit_collectives(collective_timeout_s(config))
         check_interpolation(run, config)
         groups = build_groups(run.engine.module, config.optimizer, run.built.head)
-        for line in skipped_lines(data) + run.built.report + describe_groups(groups):
+        for line in skipped_lines(data.sources) + run.built.report + describe_groups(groups):
             log.message(line)
         projector = attach_projector(run, config)
         log.message(projector.summary())
         train_task = build_task(config, run.built.processor, run.built.tokenizer, True, run.built.family)
-        batches = training_loader(data, train_task, config, here, run.engine)
+        batches = training_loader(data.sources, train_task, config, here, run.engine)
         with keeping(run, projector, batches, config, here, log, watch, stop, ranks, total_steps) as keeper:
             if checkpoint is not None:
                 keeper.load(checkpoint, log.message)
@@ -134,9 +134,9 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack, l
         if config.checkpoint.final:
             save_final(run, folder / "final", here)
             log.message(f"weights: {folder / 'final'}")
-        if config.evaluation.at_end and config.evaluation.suite:
-            rows = [ReportRow(config.method.name, evaluate_run(run, config, here))]
-            rows += interpolated_rows(run, projector.backend, config, here)
+        if measured is not None:
+            rows = [ReportRow(config.method.name, evaluate_run(run, config, here, measured))]
+            rows += interpolated_rows(run, projector.backend, config, here, measured)
             here.on_rank_0(lambda: _report(config, folder, rows))
 
 

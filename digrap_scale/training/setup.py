@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from digrap_scale.training.faults import leave_without_others
 from digrap_scale.training.launch import own_environment
 
 Result = TypeVar("Result")
+# Files may take hours: rank 0's look at all data, shards that every node fetches. A rank that dies meanwhile is noticed at once.
+PREPARATION_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -220,12 +224,21 @@ def imagine_reduction(model: object) -> None:
 
 @contextmanager
 def peer_errors(diagnosis: Callable[[], str] = lambda: "another process failed or hangs") -> Iterator[None]:
-    """Turn the RuntimeErrors of a collective that another process left into PeerError; ``diagnosis`` says which."""
+    """Turn the RuntimeErrors of a collective that another process left into PeerError (``diagnosis`` says which), and those of
+    a data worker that was killed."""
     try:
         yield
     except RuntimeError as error:  # gloo raises plain ones; NCCL and the store DistError, a subclass
         if isinstance(error, dist.DistError) or any(word in str(error) for word in _PEER_WORDS):
             raise PeerError(f"{diagnosis()} ({brief(error)})") from error
+        if str(error).startswith("DataLoader worker"):
+            if threading.current_thread() is threading.main_thread():
+                # torch raises at SIGCHLD, and would again when the other workers end, wherever this process then is.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise PeerError(
+                f"a data worker was killed ({brief(error)}): out of memory? set data.workers or data.prefetch_batches lower, or "
+                "give /dev/shm more room"
+            ) from error
         raise
 
 

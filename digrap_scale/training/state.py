@@ -126,7 +126,8 @@ class RunState:
         parts += [part_of(backend, by_name[name], PREVIOUS + name, kept) for name, kept in previous.items()]
         buffers = [_room(part) for part in buffer_parts(engine)]
         frozen = frozen_parts(engine, backend) if state["frozen"] else []
-        frozen_stored = [_room(part) for part in frozen]
+        # Not on the device, which may have no room for a second copy of them.
+        frozen_stored = [_room(part, "cpu") for part in frozen]
         stored.read(parts + buffers + frozen_stored)
         _refuse_other_base(folder, frozen, frozen_stored)
         load_buffers(engine, buffers)
@@ -190,15 +191,15 @@ def _named(reference: Mapping[str, str] | None) -> tuple[str, str]:
     return ("zero", "none") if reference is None else (reference["source"], reference["sha256"][:12])
 
 
-def _room(part: TensorPart) -> TensorPart:
+def _room(part: TensorPart, device: str | None = None) -> TensorPart:
     """The same part with memory of its own."""
-    return TensorPart(part.key, part.shape, part.start, part.stop, torch.empty_like(part.tensor))
+    return TensorPart(part.key, part.shape, part.start, part.stop, torch.empty_like(part.tensor, device=device))
 
 
 def _refuse_other_base(folder: Path, live: list[TensorPart], stored: list[TensorPart]) -> None:
     for ours, saved in zip(live, stored, strict=True):
         # Bit for bit: a NaN is not equal to itself.
-        if not torch.equal(ours.tensor.view(torch.uint8), saved.tensor.view(torch.uint8)):
+        if not torch.equal(ours.tensor.view(torch.uint8).cpu(), saved.tensor.view(torch.uint8)):
             name = ours.key.removeprefix(WEIGHTS)
             raise CheckpointError(
                 f"{folder}: the frozen weight {name} differs from that of model.path; resume with the model of then"

@@ -21,7 +21,7 @@ from digrap_scale.reference.placement import ReferenceShards
 from digrap_scale.reference.resolve import resolve_reference
 from digrap_scale.sharding.base import Backend, unwrapped_name
 from digrap_scale.training.build_run import BuiltRun
-from digrap_scale.training.evaluate import evaluate_run
+from digrap_scale.training.evaluate import EvaluationData, evaluate_run
 from digrap_scale.training.setup import Place
 
 
@@ -38,7 +38,9 @@ def check_interpolation(run: BuiltRun, config: Config) -> None:
         )
 
 
-def interpolated_rows(run: BuiltRun, backend: Backend, config: Config, here: Place) -> list[ReportRow]:
+def interpolated_rows(
+    run: BuiltRun, backend: Backend, config: Config, here: Place, data: EvaluationData
+) -> list[ReportRow]:
     """A row of the table for each of ``evaluation.interpolate_alphas``; the weights are the run's again afterwards. Collective.
 
     Of an adapter A·B the product is interpolated, as of merged weights: B is multiplied by α.
@@ -50,7 +52,7 @@ def interpolated_rows(run: BuiltRun, backend: Backend, config: Config, here: Pla
     with _interpolating(run, backend, config) as reference:
         for alpha in config.evaluation.interpolate_alphas:
             reference.set(alpha)
-            result = evaluate_run(run, config.model_copy(update={"evaluation": evaluation}), here)
+            result = evaluate_run(run, config.model_copy(update={"evaluation": evaluation}), here, data)
             rows.append(ReportRow(f"{config.method.name} α={alpha:g}", result))
     return rows
 

@@ -120,6 +120,10 @@ BAD = [
     ('  train: ["shards/train-{000..003}.tar"]', "  order: global\n  sources: [{name: a, shards: [x], weight: 1}, {name: a, shards: [y], weight: 1}]", "run.yaml:8: data.sources.1.name: expected a name of its own, found 'a' again (first: data.sources.0)", []),
     ("  classes: classes.json", "  target: caption\n  remainder: pad", "run.yaml:9: data.remainder: expected `drop` or `repeat` with data.target `caption`", []),
     ("  classes: classes.json", "  classes: classes.json\n  max_bad_samples: 5", "run.yaml:9: data.max_bad_samples: expected no value with data.on_bad_sample `error`, found 5", []),
+    ("  classes: classes.json", "  classes: classes.json\n  on_bad_sample: skip\nevaluation: {shift_degree: {}, suite: [{name: a, shards: [x], shift: id}]}", "run.yaml:9: data.on_bad_sample: expected `error` with evaluation.shift_degree, found `skip`;", []),
+    ("task: contrastive", "task: contrastive\n  batch_norm: train\nevaluation: {interpolate_alphas: [0.5], suite: [{name: a, shards: [x], shift: id}]}", "run.yaml:7: evaluation.interpolate_alphas: expected no value with model.batch_norm `train`, found [0.5];", ["digrap-scale interpolate"]),
+    ("optimizer:", "checkpoint: {every_steps: 500, keep_every_steps: 750}\noptimizer:", "run.yaml:12: checkpoint.keep_every_steps: expected a multiple of checkpoint.every_steps (500), found 750", []),
+    ("optimizer:", "checkpoint: {every_steps: null, keep_every_steps: 750}\noptimizer:", "run.yaml:12: checkpoint.keep_every_steps: expected nothing without checkpoint.every_steps, found 750", []),
     ("  classes: classes.json", "  classes: classes.json\n  bucket_by_length: true\n  shuffle_buffer_samples: 0", "run.yaml:9: data.bucket_by_length: expected `false` with data.shuffle_buffer_samples 0", []),
     # Not YAML, or more YAML than a config needs.
     ("2e-3", "*x", "run.yaml:13: expected plain YAML, found an alias `*x`;", []),

@@ -19,6 +19,7 @@ from digrap_scale.data.loader import build_evaluation_loader, build_training_loa
 from digrap_scale.data.manifest import MANIFEST_SUFFIX
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.errors import CheckpointError, ConfigError
+from digrap_scale.training import batches as training_batches
 from tests.config.base import BASE, problems
 from tests.data.samples import NumberTask, make_samples, raw_tar, sample_members
 from tests.data.vqa_samples import vqa_shard
@@ -163,10 +164,22 @@ def held_of(count: int) -> set[str]:
     return {key for key in keys if is_held_out(key, SETTINGS)}
 
 
-def test_a_run_measures_it_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_measures_it_apart(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans: list[ShardSet] = []
+
+    def scan(shards: ShardSet, settings: HoldOutConfig) -> Any:
+        scans.append(shards)
+        return held_rows(shards, settings)
+
+    monkeypatch.setattr(training_batches, "held_rows", scan)
     keys = run_here(values_of(folder, "run"))
     trained = {key for batch in keys for key in batch if int(key[1:]) < 60}
     assert len(held_of(60)) > 8
+    assert len(scans) == 1, (
+        "headers are read before the first step, while no rank waits in a collective, and then no more"
+    )
     # The same function prepares batches of both; those of training come first, a whole epoch of steps of 4.
     steps = (60 - len(held_of(60))) // 4
     assert not {key for batch in keys[:steps] for key in batch} & held_of(60) and trained
@@ -199,14 +212,15 @@ def test_two_ranks_withhold_the_same(folder: Path) -> None:
 
 
 def test_a_mixture_withholds_of_every_source(folder: Path) -> None:
-    from digrap_scale.training.batches import open_training_data, open_validation
+    from digrap_scale.training.batches import open_training_data
 
     values = values_of(folder, "run")
     sources = [{"name": n, "shards": [f"{folder}/{n}-*.tar"], "weight": 1} for n in ("a", "b")]
     values["data"] |= {"train": [], "sources": sources, "order": "global"}
     config = parse_config(yaml.safe_dump(values))
-    assert open_validation(config).samples == len(held_of(72))
-    assert sum(source.shards.samples for source in open_training_data(config)) == 72 - len(held_of(72))
+    data = open_training_data(config)
+    assert data.validation is not None and data.validation.samples == len(held_of(72))
+    assert sum(source.shards.samples for source in data.sources) == 72 - len(held_of(72))
 
 
 def test_answers_and_captioned_classes_are_measured_too(folder: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
+import subprocess
 from collections import Counter
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,19 +51,18 @@ def test_training_epochs_are_exact(shards: ShardSet, workers: int) -> None:
     assert sum(b == a + 1 for a, b in zip(epochs[0], epochs[0][1:], strict=False)) < 24
 
 
-def test_workers_outlive_a_request_to_stop(shards: ShardSet) -> None:
-    """torchrun sends SIGTERM to all processes of a rank, which still takes steps, and saves. A second one ends them."""
+def test_workers_heed_the_rank_alone(shards: ShardSet) -> None:
+    """torchrun sends SIGTERM to all processes of a rank, which still takes steps, and saves; then it may end them."""
     batches = iter(loader(shards, True, workers=1))
     first = list(islice(batches, 2))
     (worker,) = multiprocessing.active_children()
-    worker.terminate()
+    for _ in range(2):
+        subprocess.run(["kill", str(worker.pid)], check=True)
     assert numbers(first + list(islice(batches, 9))) == numbers(list(islice(loader(shards, True), 11)))
     assert worker.is_alive()
-    with suppress(RuntimeError):  # torch's, at SIGCHLD, where it comes before join
-        worker.terminate()
-        worker.join(20)
+    worker.terminate()
     worker.join(20)
-    assert worker.exitcode == -signal.SIGTERM
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -20,7 +20,7 @@ from digrap_scale.checkpoint.layout import step_folder
 from digrap_scale.errors import CheckpointError
 from digrap_scale.training.log import read_status
 from tests.distributed.chaos import chaos
-from tests.distributed.resume_runs import run_here, tensors_of, values_of
+from tests.distributed.resume_runs import ASSETS, run_here, tensors_of, values_of
 from tests.models.tiny import save_vit
 
 TIMEOUT_S = 30
@@ -82,6 +82,29 @@ def test_sigterm_of_one_rank_stops_all(model: Path, tmp_path: Path) -> None:
     assert status(tmp_path) == ("preempted", 75, "preempted; saved step 3"), printed
     assert "preempted; saved step 3 (exit 75)" in printed
     assert step_folder(tmp_path / "run", 3).joinpath("COMMITTED").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_a_data_worker_that_is_killed(verb: str, model: Path, tmp_path: Path) -> None:
+    """As by the kernel, where memory is short: one line and exit 5, in the status of the run, too."""
+    suite = [{"name": "x", "shards": [str(ASSETS / "noto-test-*.tar")] * 40, "shift": "id"}]
+    values = short(model, tmp_path, "single", training={"steps": 5000}, data={"workers": 2}, checkpoint={})
+    values["evaluation"] = {"suite": suite, "batch_samples": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "digrap_scale", verb, str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+        until = time.monotonic() + 100
+        while len(workers := children.read_text().split()) < 2 and time.monotonic() < until:
+            time.sleep(0.2)
+        time.sleep(1)
+        os.kill(int(workers[1]), 9)
+        printed = job.communicate(timeout=100)[0]
+    assert job.returncode == 5 and "Traceback" not in printed, printed
+    assert "a data worker was killed (DataLoader worker (pid" in printed.splitlines()[-1]
+    if verb == "train":
+        assert status(tmp_path)[:2] == ("failed", 5)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from digrap_scale.data.splitting import Span
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.suite import evaluation_mode
 from digrap_scale.training.build_run import attach_projector, build_run
-from digrap_scale.training.evaluate import evaluate_run
+from digrap_scale.training.evaluate import evaluate_run, open_evaluation
 from digrap_scale.training.final import save_final
 from digrap_scale.training.loop import accumulate, prepared
 from digrap_scale.training.setup import Place
@@ -146,5 +146,5 @@ def evaluate_all(configs: dict[str, Config]) -> dict[str, Any]:
             return texts
 
         task.predict = predict_and_tell
-        found[name] = {"suite": evaluate_run(run, config, here).to_dict(), "told": told}
+        found[name] = {"suite": evaluate_run(run, config, here, open_evaluation(config, None)).to_dict(), "told": told}
     return found

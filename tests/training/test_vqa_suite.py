@@ -12,7 +12,8 @@ import yaml
 
 from digrap_scale.cli import main
 from digrap_scale.config import parse_config
-from digrap_scale.training.evaluate import _shift_shards
+from digrap_scale.training.batches import open_training_data
+from digrap_scale.training.evaluate import open_evaluation
 from tests.data.benchmarks.files import Files, annotation, picture, question
 from tests.models.tiny_vlm import save_tiny_vlm
 
@@ -127,7 +128,10 @@ def test_some_training_shards_are_enough(values: dict[str, Any]) -> None:
     def taken(wanted: int | None, seed: int = 0) -> list[str]:
         values["evaluation"]["shift_degree"] = {"train_samples": wanted}
         values["run"]["seed"] = seed
-        return [path.name for path in _shift_shards(parse_config(yaml.safe_dump(values))).paths]
+        config = parse_config(yaml.safe_dump(values))
+        training = open_evaluation(config, open_training_data(config)).training
+        assert training is not None
+        return [path.name for path in training.paths]
 
     every = [f"train-{i:06d}.tar" for i in range(3)]
     assert taken(None) == taken(6) == taken(99) == taken(5) == every

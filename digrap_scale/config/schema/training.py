@@ -58,7 +58,8 @@ class CheckpointConfig(Section):
     )
     keep_last: PositiveInt = Field(default=2, description="Checkpoints that are kept, the newest.")
     keep_every_steps: PositiveInt | None = Field(
-        default=None, description="Checkpoints of steps that this divides are kept for good, too."
+        default=None,
+        description="Checkpoints of steps that this divides are kept for good, too; a multiple of `every_steps`.",
     )
     asynchronous: bool = Field(
         default=False,
