@@ -218,15 +218,16 @@ def _jobs(settings: ExecutorConfig, folder: Path) -> Iterator[Start]:
     running: set[Any] = set()
 
     def start(command: list[str], log: Path, environment: dict[str, str]) -> int:
-        with lock:
-            job = executor.submit(run_command, command, str(log), environment)
-            running.add(job)
+        job = None
         try:
+            with lock:
+                job = executor.submit(run_command, command, str(log), environment)
+                running.add(job)
             return int(job.result())
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
             with log.open("a", encoding="utf-8") as stream:
                 lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                stream.write(f"job {job.job_id}: {lines[-1]}\n")
+                stream.write(f"{'not submitted' if job is None else f'job {job.job_id}'}: {lines[-1]}\n")
             return -1
         finally:
             running.discard(job)

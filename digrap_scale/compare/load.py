@@ -96,6 +96,9 @@ def _cross_field(grid: GridConfig) -> Iterable[tuple[Path, str]]:
             yield (key,) if key == "seeds" else ("wise_ft", key), "expected each value once, found one again"
     if grid.search_seeds > len(grid.seeds):
         yield ("search_seeds",), f"expected at most the {len(grid.seeds)} of `seeds`, found {grid.search_seeds}"
+    if grid.executor.name == "local":
+        for key in sorted(grid.executor.model_fields_set & {"cluster", "timeout_minutes", "parameters"}):
+            yield ("executor", key), "expected nothing with executor.name `local`, found a value; it is submitit's"
     for key, values in grid.shared_search.items():
         yield from _common(key, ("shared_search", key))
         yield from _values(values, ("shared_search", key))

@@ -114,7 +114,8 @@ class _Plan:
             lines.append(f"{name}: own hyper-parameters: {_values(own)}; tried: {drawn} of {space.size} settings")
             if overrides := grid.methods[name].overrides:
                 lines.append(f"{name}: differs in {'; '.join(f'{key}: {value}' for key, value in overrides.items())}")
-        alike = not any(key.split(".")[0] == "training" for entry in grid.methods.values() for key in entry.overrides)
+        differing = [key for entry in grid.methods.values() for key in (*entry.overrides, *entry.search)]
+        alike = not any(key.split(".")[0] == "training" for key in differing)
         lines.append(
             f"budget: at most {grid.budget} settings a method and domain, each on {len(self._seeds())} seed(s) "
             f"({', '.join(map(str, self._seeds()))}); {'no method trains more' if alike else 'runs differ as told above'}"

@@ -86,7 +86,7 @@ def paired_difference(
     pairs = sum(len(values) for values in by_domain)
     means = np.array([values.mean() for values in by_domain])
     least = least_units(confidence)
-    of_domains = len(by_domain) >= least
+    of_domains = len(by_domain) >= max(least, FEWEST_UNITS)
     if of_domains:
         units, weights, unit = means, np.ones(len(means)), "domains"
     else:

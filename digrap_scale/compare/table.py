@@ -24,7 +24,7 @@ class Cell:
     Attributes:
         mean, error: over seeds, in [0, 1]; the error is None for one seed.
         difference: paired, to the baseline; None in its own row.
-        best: the highest mean of its column, and above the baseline by an interval that excludes 0.
+        best: the highest of its column by its difference, and above the baseline by an interval that excludes 0.
     """
 
     mean: float
@@ -114,8 +114,12 @@ def _table(
 
 
 def _mark_best(column: list[Cell], cells: list[list[Cell]], number: int) -> None:
-    """Only where the highest is above the baseline beyond doubt; the baseline itself is never marked."""
-    highest = max(range(len(column)), key=lambda i: column[i].mean)
+    """Only where the highest is above the baseline beyond doubt; the baseline itself is never marked.
+
+    By the paired differences: where runs are missing, means are of different seeds.
+    """
+    gains = [0.0 if cell.difference is None else cell.difference.mean for cell in column]
+    highest = gains.index(max(gains))
     best = column[highest]
     if best.difference is not None and best.difference.mean > 0 and best.difference.excludes_zero:
         cells[highest][number] = Cell(best.mean, best.error, best.difference, best=True)
@@ -123,13 +127,14 @@ def _mark_best(column: list[Cell], cells: list[list[Cell]], number: int) -> None
 
 def _difference(one: Results, base: Results, column: str, comparison: Comparison) -> Difference | None:
     """Of runs that share domain and seed; weights without a seed are set against every seed of the baseline."""
+    shown = by_seed(one, column)  # the seeds that every domain has
     pairs: dict[str, list[float]] = {}
     for domain, of_domain in base.items():
         mine = one[domain]
         found = [
             value(mine[seed if seed in mine else None], column) - value(result, column)
             for seed, result in of_domain.items()
-            if seed in mine or None in mine
+            if seed in shown or None in shown
         ]
         if found:
             pairs[domain] = found

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from digrap_scale.evaluation.strength import StrengthHistory
 
@@ -268,6 +269,8 @@ def clean(axes: Axes, grid: str) -> None:
 
 def png(figure: Figure) -> bytes:
     memory = io.BytesIO()
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # users' names may have dollars
     # no software name or date inside: the same results give the same bytes
     figure.savefig(memory, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     return memory.getvalue()

@@ -38,6 +38,20 @@ def test_submitit_tells_what_it_does_not_know(tmp_path: Path) -> None:
             pass
 
 
+def test_a_job_that_is_not_taken_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of the queue, say: the trial's log says so, and the caller goes on."""
+    import submitit
+
+    def refuse(*_: object) -> None:
+        raise submitit.core.utils.FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+    settings = ExecutorConfig(name="submitit", cluster="local", timeout_minutes=1)
+    with _starter(settings, tmp_path) as start:
+        monkeypatch.setattr(submitit.AutoExecutor, "submit", refuse)
+        assert start(["true"], tmp_path / "log.txt", {}) == -1
+    assert (tmp_path / "log.txt").read_text() == "not submitted: sbatch: error: QOSMaxSubmitJobPerUserLimit\n"
+
+
 def test_several_ranks_start_through_the_backends_launcher(tmp_path: Path) -> None:
     grid = grid_of(tmp_path)
     grid["base"]["sharding"] = {"backend": "fsdp2"}

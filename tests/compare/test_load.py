@@ -50,6 +50,7 @@ FT = {"method": {"name": "none"}}
          "methods.FT.overrides.optimizer.learning_rate: expected it in `shared_search` or here, found it in both"),
         ({"methods": {"FT": {**FT, "search": {"model.lora": [{"rank": 4}]}}}},
          "methods.FT.search.model.lora.0: expected a number, a text or a list, found a mapping"),
+        ({"executor": {"timeout_minutes": 5}}, "executor.timeout_minutes: expected nothing with executor.name `local`"),
         ({"methods": {"FT": FT, "WiSE-FT": FT}}, "methods.WiSE-FT: expected another name"),
     ],
 )  # fmt: skip
@@ -122,6 +123,9 @@ def test_what_differs_between_methods_is_told(tmp_path: Path, capsys: pytest.Cap
     compare(write_grid(tmp_path, grid_of(tmp_path, methods=methods)), dry_run=True)
     shown = capsys.readouterr().out
     assert "long: differs in training.steps: 9" in shown and "no method trains more" not in shown
+    methods = {"FT": FT, "long": {**FT, "search": {"training.steps": [2, 9]}}}
+    compare(write_grid(tmp_path, grid_of(tmp_path, methods=methods)), dry_run=True)
+    assert "no method trains more" not in capsys.readouterr().out
     compare(write_grid(tmp_path, grid_of(tmp_path, methods={"FT": FT})), dry_run=True)
     assert "no method trains more" in capsys.readouterr().out
 

@@ -55,6 +55,11 @@ def test_two_pairs_have_none() -> None:
     assert (found.mean, found.low, found.high, found.pairs) == (5.0, None, None, 2) and not found.excludes_zero
 
 
+def test_two_domains_are_too_few_units_at_any_confidence() -> None:
+    found = paired_difference({"a": [1.0, 2.0, 3.0], "b": [2.0, 3.0, 4.0]}, confidence=0.5)
+    assert found.kind == "bootstrap over 6 pairs" and found.low is not None
+
+
 def test_one_pair_has_none() -> None:
     found = paired_difference({"a": [5.0]})
     assert (found.mean, found.low, found.high, found.pairs) == (5.0, None, None, 1) and not found.excludes_zero

@@ -188,3 +188,9 @@ def test_layers_are_grouped_by_block():
 def test_strength_map_takes_any_history(histories):
     with Image.open(io.BytesIO(strength_maps(histories))) as image:
         assert image.format == "PNG" and image.width < 3000 and image.height < 2000
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    odd = result(**{"a$%$b": ("id", 0.5), "$_$": ("near", 0.4), "x$#1$y": ("far", 0.3)})
+    files = write_report([ReportRow("$_$", odd), ReportRow("a$#$", odd)], tmp_path, notes=[], scatter=True)
+    assert {file.name for file in files} == {"results.png", "scatter.png", "results.md", "results.json"}
