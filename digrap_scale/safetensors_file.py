@@ -15,6 +15,7 @@ import torch
 from digrap_scale.errors import CheckpointError
 
 STEM = "model"
+FLOATS = ("F64", "F32", "F16", "BF16")  # those that hold values by themselves; float8 needs scales
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

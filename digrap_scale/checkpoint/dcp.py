@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -166,8 +167,11 @@ class PartsWriter(dcp.FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, overwrite=False)
         self._folder = folder
+        self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        if self._device is not None:  # a thread begins on device 0, and would make a context of its own there
+            torch.accelerator.set_device_index(self._device)
         files: dict[str, list[WriteItem]] = {"": [], _REST: []}
         for item in plan.items:
             files["" if item.index.fqn.startswith(WEIGHTS) else _REST].append(item)
@@ -196,13 +200,27 @@ def write_parts_later(folder: Path, parts: Sequence[TensorPart], group: dist.Pro
     """``write_parts`` on a thread, from copies that are made before this returns. Returns what waits for its end, and
     raises its errors."""
     with _unwrapped():
-        future: Any = dcp.async_save(**_saved(folder, parts, group))
+        future: Any = dcp.async_save(**_saved(folder, _apart(parts), group))
 
     def wait() -> None:
         with _unwrapped():
             future.result()
 
     return wait
+
+
+def _apart(parts: Sequence[TensorPart]) -> list[TensorPart]:
+    """The parts, without what lies around them in memory: DCP copies the whole storage of a view."""
+    ours: Counter[int] = Counter()
+    for part in parts:
+        ours[part.tensor.untyped_storage().data_ptr()] += part.tensor.nbytes
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # Where half of it is ours, a copy that DCP copies again takes as much memory.
+        return tensor.to("cpu", copy=True) if storage.nbytes() > 2 * ours[storage.data_ptr()] else tensor
+
+    return [replace(part, tensor=apart(part.tensor)) for part in parts]
 
 
 def _saved(folder: Path, parts: Sequence[TensorPart], group: dist.ProcessGroup | None) -> dict[str, Any]:

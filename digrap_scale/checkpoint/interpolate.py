@@ -14,9 +14,8 @@ from digrap_scale.checkpoint.formats.base import LazyTensor, bytes_of
 from digrap_scale.checkpoint.formats.huggingface import aligned, copy_companions, plan_shards, tensors_of, write_index
 from digrap_scale.checkpoint.progress import progress_bar
 from digrap_scale.errors import CheckpointError, ConfigError
-from digrap_scale.safetensors_file import Entry, differing_names, header_bytes, read_headers
+from digrap_scale.safetensors_file import FLOATS, Entry, differing_names, header_bytes, read_headers
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _COPIED = ("I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")
 _SHOWN = 8
 _PIECE_ELEMENTS = 1 << 23
@@ -125,9 +124,9 @@ def _check_same(a: Entries, b: Entries, path_a: Path, path_b: Path) -> None:
     for name in sorted(a.keys() & b.keys()):
         if a[name].shape != b[name].shape:
             lines.append(f"{name}: shape {list(a[name].shape)} in A, {list(b[name].shape)} in B")
-        elif (a[name].code in _FLOATS) != (b[name].code in _FLOATS):
+        elif (a[name].code in FLOATS) != (b[name].code in FLOATS):
             lines.append(f"{name}: dtype {a[name].code} in A, {b[name].code} in B")
-        elif b[name].code not in _FLOATS and b[name].code not in _COPIED:
+        elif b[name].code not in FLOATS and b[name].code not in _COPIED:
             lines.append(
                 f"{name}: dtype {b[name].code} is quantised; convert both checkpoints to bfloat16 or float32 first"
             )

@@ -69,6 +69,8 @@ class Ranks:
         failed = [rank for rank, (_, failure) in enumerate(gathered) if failure is not None]
         if not failed:
             return [result for result, _ in gathered]
+        # That a collective of the action failed on one rank may follow from what another one says.
+        failed.sort(key=lambda rank: gathered[rank][1][0] == "PeerError")
         if cause is not None and not isinstance(cause, DigrapError):
             raise cause
         kind, lines = gathered[failed[0]][1]

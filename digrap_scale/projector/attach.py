@@ -95,6 +95,11 @@ def attach(
     backend = detect_backend(model, optimizer)
     if any(hooked in attached for hooked in backend.hooked):
         raise ConfigError("attach: this optimizer has a projector already; call its detach() first")
+    if chosen in attached:
+        raise ConfigError(
+            f"attach: this {chosen.name} is attached already, and holds that optimizer's state; call its projector's "
+            "detach() first, or make another"
+        )
     module = unwrap(model)
     chosen.kernels = _kernels(kernels, backend)
     fused = _fused(projection, backend)

@@ -30,7 +30,7 @@ from digrap_scale.sharding.previous import PreviousWeights
 from digrap_scale.types import ShardView
 
 # Optimizers that carry a projector: two of them would project twice.
-attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+attached: weakref.WeakSet[Optimizer | Method] = weakref.WeakSet()
 
 _ALL = slice(None)
 _Portion = tuple[list[Piece], list[ShardView]]
@@ -70,7 +70,7 @@ class Projector:
         # Where ``previous`` holds no weights, the statistics hold no inner product with the displacement.
         self.layers = LayerCounts(names, projected_L & (not method.keeps_directions))
         self._early = EarlyStatistics(backend, self._measure) if early else None
-        attached.update(backend.hooked)
+        attached.update([*backend.hooked, method])
         self._handles = [optimizer.register_step_pre_hook(closure_first) for optimizer in backend.hooked]
         self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in backend.hooked]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in backend.hooked]
@@ -366,7 +366,7 @@ class Projector:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        attached.difference_update(self.backend.hooked)
+        attached.difference_update([*self.backend.hooked, self.method])
         if self._early is not None:
             self._early.close()
         self._reference.close()

@@ -13,6 +13,7 @@ from torch import nn
 from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.file_names import loaded_names
 from digrap_scale.reference.store import SafetensorsReader
+from digrap_scale.safetensors_file import FLOATS
 from digrap_scale.types import ShardSpec
 
 
@@ -59,8 +60,8 @@ def match_names(
                 reshaped.append(
                     f"{spec.name}: expected shape {list(spec.shape)}, found {list(reader.shapes[name])} in {name}"
                 )
-            elif not reader.dtypes[name].startswith(("F", "BF")):
-                reshaped.append(f"{spec.name}: expected a floating dtype, found {reader.dtypes[name]} in {name}")
+            elif reader.dtypes[name] not in FLOATS:
+                reshaped.append(f"{spec.name}: expected {', '.join(FLOATS)}, found {reader.dtypes[name]} in {name}")
         found[spec.name] = present
     if missing or reshaped:
         raise CheckpointError(_diff(reader, missing, reshaped, {name for names in found.values() for name in names}))

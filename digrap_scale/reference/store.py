@@ -11,11 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from digrap_scale.errors import CheckpointError
-from digrap_scale.safetensors_file import read_headers
+from digrap_scale.safetensors_file import FLOATS, read_headers
 from digrap_scale.types import ShardSpec
 
 COMPARED_ELEMENTS = 1 << 24
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsReader:
@@ -83,9 +82,9 @@ class SafetensorsReader:
             CheckpointError: a dtype that is not one of torch's plain floating types.
         """
         entry = self._entries[name]
-        if entry.code not in _FLOATS:
+        if entry.code not in FLOATS:
             raise CheckpointError(
-                f"{entry.file}: {name}: expected one of {', '.join(_FLOATS)}, found dtype {entry.code}"
+                f"{entry.file}: {name}: expected one of {', '.join(FLOATS)}, found dtype {entry.code}"
             )
         return entry.file, entry.offset, entry.dtype
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,10 @@ class StreamedReference:
         # Also when nobody calls close(): an attach() that fails half way, a projector that is dropped.
         self._let_go = weakref.finalize(self, _close, [descriptor for descriptor, _ in self._files.values()])
         self._all_layers = self._portions(range(len(self._sources_L)))
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference")
+        begin: Callable[[], None] | None = None
+        if self._on_accelerator:  # a thread begins on device 0, and would make a context of its own there
+            begin = partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
+        self._reader = ThreadPoolExecutor(1, "reference", initializer=begin)
         self._pending: list[Future[None]] = []
 
     def pieces(self, layers: Sequence[int]) -> Iterator[list[Piece]]:

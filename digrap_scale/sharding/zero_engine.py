@@ -104,6 +104,10 @@ class ZeroEngine(Engine):
         self.model, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer_of, config=self.deepspeed_config(), dist_init_required=False
         )
+        # DeepSpeed before 0.19.2 rounds all buffers: a rotary embedding's frequencies, too.
+        for name, buffer in self.model.module.named_buffers():
+            if buffer.dtype != self._buffers[name].dtype:
+                buffer.data = self._buffers[name].to(buffer.device)
         named = dict(self.model.module.named_parameters())
         for name in scalars if self._stage == 3 else ():
             named[name].ds_shape = torch.Size(())

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from digrap_scale.checkpoint import layout
-from digrap_scale.checkpoint.dcp import StoredParts, write_parts
+from digrap_scale.checkpoint.dcp import StoredParts, _apart, write_parts
 from digrap_scale.checkpoint.layout import open_checkpoint
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.checkpoint.resume import find_checkpoint, open_together
@@ -69,6 +69,16 @@ def in_a_child(action: Callable[[], None]) -> int:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_share_is_copied_without_what_lies_around_it() -> None:
+    """DCP's copies for a save on a thread are of whole storages: those of which this rank writes a part would be whole."""
+    whole, flat = torch.arange(40.0), torch.arange(8.0)
+    parts = [TensorPart("share", (40,), 10, 15, whole[10:15])]
+    parts += [TensorPart(f"half {i}", (4,), 0, 4, flat[4 * i : 4 * i + 4]) for i in range(2)]
+    share, *halves = _apart(parts)
+    assert share.tensor.untyped_storage().nbytes() == 20 and torch.equal(share.tensor, whole[10:15])
+    assert all(found.tensor is given.tensor for found, given in zip(halves, parts[1:], strict=True))
 
 
 @pytest.mark.parametrize("phase", PHASES)

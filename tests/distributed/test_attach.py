@@ -492,6 +492,12 @@ def attached_twice(_: Path) -> None:
         digrap_scale.attach(model, optimizer, reference="initial")
 
 
+def one_method_twice(_: Path) -> None:
+    method = DiGraP(0.05)
+    for model in (make_toy(), make_toy()):
+        digrap_scale.attach(model, sgd(model), method=method, reference="initial")
+
+
 def wrong_file(folder: Path) -> None:
     save_file({"embed.weight": torch.zeros(5, 5)}, folder / "model.safetensors")
     model = make_toy()
@@ -570,6 +576,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], type[Exception], str]] = [
     ),
     ("two optimizers", two_optimizers, ConfigError, "optimizer: expected one torch optimizer, found list"),
     ("twice", attached_twice, ConfigError, "this optimizer has a projector already; call its detach() first"),
+    ("one method twice", one_method_twice, ConfigError, "attach: this digrap is attached already, and holds that"),
     ("container", container, ConfigError, "expected one torch optimizer, found Container; of several, attach to each"),
     ("foreign", foreign_optimizer, ConfigError, "the optimizer trains 15 tensors that are no parameters of the model"),
     ("frozen", nothing_trains, ConfigError, "the optimizer trains no parameter of the model"),
@@ -625,7 +632,8 @@ def test_refuses(tmp_path: Path, make: Callable[[Path], None], error: type[Excep
 def test_an_instance_starts_anew_when_attached_again() -> None:
     """Attaching prepares a method: one that has run elsewhere carries nothing over."""
     method = DiGraP(0.05)
-    first, _ = run(method=method)
+    first, projector = run(method=method)
+    projector.detach()
     second, _ = run(method=method)
     assert same(first, second)
 

@@ -57,7 +57,7 @@ def test_whole_diff(tmp_path: Path) -> None:
         {
             "embed.weigth": model.embed.weight,
             "body.weight": torch.zeros(4, 5),
-            "body.bias": torch.zeros(4, dtype=torch.int64),
+            "body.bias": torch.zeros(4).to(torch.float8_e4m3fn),  # without its scale
             "out.weight": model.out.weight,
             "vision.extra": torch.zeros(1),
         },
@@ -68,7 +68,7 @@ def test_whole_diff(tmp_path: Path) -> None:
         f"{tmp_path}: this reference does not fit the model (1 missing, 2 different)",
         "  missing: embed.weight (nearest in the file: embed.weigth)",
         "  different: body.weight: expected shape [4, 4], found [4, 5] in body.weight",
-        "  different: body.bias: expected a floating dtype, found I64 in body.bias",
+        "  different: body.bias: expected F64, F32, F16, BF16, found F8_E4M3 in body.bias",
         "  not used: embed.weigth",
         "  not used: vision.extra",
         "  names that differ can be mapped by reference.rename (regex: replacement)",
