@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate = config_verb("evaluate", _evaluate, "print the suite's ID/OOD table")
     evaluate.add_argument("--weights", help="folder of the weights, such as a run's final/ (default: model.path)")
-    checked = config_verb("validate", _validate, "show every config and data error at once; trains nothing")
+    checked = config_verb(
+        "validate", _validate, "show all errors of the config and of the data's first samples; trains nothing"
+    )
     checked.add_argument("--world-size", type=int, help="processes of the job (default: the launcher's, or 1)")
     planned = config_verb(
         "plan", _plan, "memory of each rank and communication of a step; loads no weights, needs no GPU"

@@ -6,12 +6,18 @@
 #   HOSTFILE=hosts NODE_RANK=0 HEAD=node0 launch/deepspeed.sh run.yaml [section.key=value …]
 # A line of the hostfile: `node0 slots=8`. ZeRO-3, unless an argument says sharding.backend=zero1 or zero2.
 set -euo pipefail
-: "${HOSTFILE:=hosts}" "${NODE_RANK:=}" "${HEAD:=localhost}" "${PORT:=29500}"
+: "${HOSTFILE:=hosts}" "${NODE_RANK:=}" "${HEAD:=}" "${PORT:=29500}"
+# deepspeed itself would go on alone, on this node.
+[ -f "$HOSTFILE" ] || { echo "HOSTFILE: expected a file with a line a node, found no $HOSTFILE" >&2; exit 2; }
+if [ -n "$NODE_RANK" ] && [ -z "$HEAD" ] && [ "$(grep -c 'slots=' "$HOSTFILE")" -gt 1 ]; then
+  echo "HEAD: expected the first node's name with NODE_RANK and several nodes in $HOSTFILE, found nothing" >&2
+  exit 2
+fi
 config=$1
 shift
 alone=()
 if [ -n "$NODE_RANK" ]; then
-  alone=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$HEAD")
+  alone=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${HEAD:-localhost}")
 fi
 command=(deepspeed --hostfile "$HOSTFILE" --master_port "$PORT" "${alone[@]}" --module digrap_scale train "$config" sharding.backend=zero3 "$@")
 if [ -z "$NODE_RANK" ]; then

@@ -299,25 +299,6 @@ def _suite_file(suite_file: str | None) -> Iterable[Problem]:
         )
 
 
-def _shift_degree(
-    shift_degree: Mapping[str, Any] | None, suite: Sequence[object], target: str, on_bad_sample: str
-) -> Iterable[Problem]:
-    if shift_degree is None:
-        return
-    if not suite:
-        yield ("evaluation", "shift_degree"), "expected nothing without evaluation.suite, found a section; remove it"
-    if target == "caption":
-        yield (
-            ("evaluation", "shift_degree"),
-            "expected nothing with data.target `caption`, found a section; it reads the training shards' labels",
-        )
-    if on_bad_sample == "skip":
-        yield (
-            ("data", "on_bad_sample"),
-            "expected `error` with evaluation.shift_degree, found `skip`; it reads every training sample",
-        )
-
-
 def _kept(keep_every_steps: int | None, every_steps: int | None) -> Iterable[Problem]:
     key = ("checkpoint", "keep_every_steps")
     if keep_every_steps is None:
@@ -371,7 +352,6 @@ CHECKS = (
     Check(("checkpoint.deepspeed_native", "sharding.backend"), _native),
     Check(("evaluation.suite",), _suite_names),
     Check(("evaluation.suite_file",), _suite_file),
-    Check(("evaluation.shift_degree", "evaluation.suite", "data.target", "data.on_bad_sample"), _shift_degree),
     Check(("checkpoint.keep_every_steps", "checkpoint.every_steps"), _kept),
     *DATA_CHECKS,
     *METHOD_CHECKS,

@@ -1,4 +1,4 @@
-"""Rules over several keys for what is withheld from training."""
+"""Rules over several keys for data that are measured: what is withheld from training, and degrees of shift."""
 
 from __future__ import annotations
 
@@ -38,4 +38,26 @@ def _hold_out(
             )
 
 
-DATA_CHECKS = (Check(("data.hold_out", "data.target", "data.on_bad_sample", "evaluation.suite"), _hold_out),)
+def _shift_degree(
+    shift_degree: Mapping[str, Any] | None, suite: Sequence[object], target: str, on_bad_sample: str
+) -> Iterable[Problem]:
+    if shift_degree is None:
+        return
+    if not suite:
+        yield ("evaluation", "shift_degree"), "expected nothing without evaluation.suite, found a section; remove it"
+    if target == "caption":
+        yield (
+            ("evaluation", "shift_degree"),
+            "expected nothing with data.target `caption`, found a section; it reads the training shards' labels",
+        )
+    if on_bad_sample == "skip":
+        yield (
+            ("data", "on_bad_sample"),
+            "expected `error` with evaluation.shift_degree, found `skip`; it reads every training sample",
+        )
+
+
+DATA_CHECKS = (
+    Check(("data.hold_out", "data.target", "data.on_bad_sample", "evaluation.suite"), _hold_out),
+    Check(("evaluation.shift_degree", "evaluation.suite", "data.target", "data.on_bad_sample"), _shift_degree),
+)

@@ -12,7 +12,7 @@ from digrap_scale.data.classes import Classes, load_classes
 from digrap_scale.data.fetch import open_shards
 from digrap_scale.data.reading import samples_of
 from digrap_scale.data.splitting import Span
-from digrap_scale.data.tasks.base import only_image, text_field, texts_field
+from digrap_scale.data.tasks.base import only_image, text_field, texts_field, unknown_label
 from digrap_scale.errors import ConfigError
 
 LOOKED_AT_SAMPLES = 16
@@ -56,7 +56,7 @@ def _check_sample(config: Config, classes: Classes | None, captions: bool, sampl
         return
     label = text_field(sample, data.label_field, "data.label_field")
     if classes is not None and label not in classes.names:
-        raise ConfigError(f"{sample['shard']}: sample {sample['key']}: label {label!r} is not among data.classes")
+        raise unknown_label(sample, label, classes.names)
 
 
 def _check_set(

@@ -60,7 +60,10 @@ def test_labels_meet_classes(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "classes.json").write_text(json.dumps(["class 0"]))
     found = problems(raw)
     assert len(found) == 2
-    assert "train-000000.tar: sample s000001: label 'class 1' is not among data.classes" in found[0]
+    assert (
+        "train-000000.tar: sample s000001: label 'class 1' is not among the 1 names of data.classes (nearest:"
+        in found[0]
+    )
 
 
 def test_captions_and_broken_samples(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -91,6 +91,24 @@ def weights_of(nodes: list[subprocess.Popen[str]], folder: Path) -> dict[str, to
     return load_file(folder / "final" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("script", "variables", "line"),
+    [
+        ("torchrun.sh", {"NODES": "2"}, "HEAD: expected the first node's name with NODES=2, found nothing"),
+        ("deepspeed.sh", {"HOSTFILE": "none"}, "HOSTFILE: expected a file with a line a node, found no none"),
+        (
+            "deepspeed.sh",
+            {"NODE_RANK": "1"},
+            "HEAD: expected the first node's name with NODE_RANK and several nodes in",
+        ),
+    ],
+)
+def test_a_node_does_not_go_on_alone(script: str, variables: dict[str, str], line: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    node = start(script, {"HOSTFILE": str(tmp_path / "hosts"), **variables}, tmp_path / "run.yaml")
+    assert line in node.communicate(timeout=TIMEOUT_S)[0] and node.returncode == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_launcher_that_is_asked_to_stop(script: str, tmp_path: Path) -> None:

@@ -85,12 +85,17 @@ class Task(ABC):
     def _label(self, sample: dict[str, Any]) -> int:
         name = text_field(sample, self.label_field, "data.label_field")
         if name not in self._index:
-            near = difflib.get_close_matches(name, self.class_names, n=1, cutoff=0)
-            raise ConfigError(
-                f"{sample['shard']}: sample {sample['key']}: label {name!r} is not among the {len(self.class_names)} "
-                f"names of data.classes (nearest: {', '.join(near)})"
-            )
+            raise unknown_label(sample, name, self.class_names)
         return self._index[name]
+
+
+def unknown_label(sample: dict[str, Any], name: str, class_names: Sequence[str]) -> ConfigError:
+    """The error of a label that is no class."""
+    near = difflib.get_close_matches(name, class_names, n=1, cutoff=0)
+    return ConfigError(
+        f"{sample['shard']}: sample {sample['key']}: label {name!r} is not among the {len(class_names)} names of data.classes "
+        f"(nearest: {', '.join(near)})"
+    )
 
 
 def mean_cross_entropy(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
