@@ -14,6 +14,7 @@ from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.splitting import Span
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.suite import evaluation_mode
+from digrap_scale.training.batches import open_training_data
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run, open_evaluation
 from digrap_scale.training.final import save_final
@@ -62,7 +63,7 @@ def run_encoder(config: Config) -> dict[str, Any]:
         losses.append(float(loss) / ranks)
     projector.detach()
     save_final(run, Path(config.run.folder) / "final", here)
-    result = evaluate_run(run, config, here, open_evaluation(config, None)).to_dict()
+    result = evaluate_run(run, config, here, open_evaluation(config, open_training_data(config))).to_dict()
     first = prepared(run.engine, collated[0])
     with run.engine.inference(), evaluation_mode(run.engine.model), torch.no_grad():
         logits = task.logits(run.engine.model, first)

@@ -16,6 +16,7 @@ from digrap_scale.data.shards import ShardSet
 from digrap_scale.data.splitting import Span
 from digrap_scale.data.tasks.build import build_task
 from digrap_scale.evaluation.suite import evaluation_mode
+from digrap_scale.training.batches import open_training_data
 from digrap_scale.training.build_run import attach_projector, build_run
 from digrap_scale.training.evaluate import evaluate_run, open_evaluation
 from digrap_scale.training.final import save_final
@@ -146,5 +147,8 @@ def evaluate_all(configs: dict[str, Config]) -> dict[str, Any]:
             return texts
 
         task.predict = predict_and_tell
-        found[name] = {"suite": evaluate_run(run, config, here, open_evaluation(config, None)).to_dict(), "told": told}
+        found[name] = {
+            "suite": evaluate_run(run, config, here, open_evaluation(config, open_training_data(config))).to_dict(),
+            "told": told,
+        }
     return found
