@@ -269,7 +269,9 @@ def clean(axes: Axes, grid: str) -> None:
 
 def png(figure: Figure) -> bytes:
     memory = io.BytesIO()
-    for text in figure.findobj(Text):
+    scaled = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() != "linear"]
+    powers = {text for axis in scaled for text in axis.get_ticklabels(which="both")}  # matplotlib's own formulas: 10⁻³
+    for text in set(figure.findobj(Text)) - powers:
         text.set_parse_math(False)  # users' names may have dollars
     # no software name or date inside: the same results give the same bytes
     figure.savefig(memory, format="png", dpi=160, facecolor="white", metadata={"Software": None})

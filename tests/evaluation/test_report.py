@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from digrap_scale.errors import ConfigError, SaveError
-from digrap_scale.evaluation.plots import layer_groups, strength_maps
+from digrap_scale.evaluation.plots import layer_groups, png, strength_maps
 from digrap_scale.evaluation.report import ReportRow, columns, markdown, print_report, read_report, write_report
 from digrap_scale.evaluation.strength import StrengthHistory
 from digrap_scale.evaluation.suite import SetResult, SuiteResult
@@ -194,3 +195,15 @@ def test_dollars_in_names_are_no_formulas(tmp_path):
     odd = result(**{"a$%$b": ("id", 0.5), "$_$": ("near", 0.4), "x$#1$y": ("far", 0.3)})
     files = write_report([ReportRow("$_$", odd), ReportRow("a$#$", odd)], tmp_path, notes=[], scatter=True)
     assert {file.name for file in files} == {"results.png", "scatter.png", "results.md", "results.json"}
+
+
+def test_powers_of_ten_on_an_axis_stay_formulas():
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1e-3, 10.0], [1, 2])
+    axes.set_xscale("log")
+    axes.set_title("a$%$b")
+    png(figure)
+    assert not axes.title.get_parse_math()
+    shown = [label for label in axes.get_xticklabels() if "mathdefault" in label.get_text()]
+    assert shown and all(label.get_parse_math() for label in shown)
