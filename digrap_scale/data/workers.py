@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,9 +35,18 @@ class Failure:
     problems: list[str]
 
 
+@contextmanager
+def _no_sigterm() -> Iterator[None]:
+    """SIGTERM waits while the block runs: processes that start in it begin with it blocked, in all of their threads."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _heed_the_rank_alone(_worker: int) -> None:
     """Of a worker: launchers send SIGTERM to all processes of a rank, which needs its workers until it has saved."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
 
 
@@ -72,7 +82,9 @@ class Workers:
             in_order=True,
             worker_init_fn=_heed_the_rank_alone,
         )
-        for item in loader:
+        with _no_sigterm():
+            deliveries = iter(loader)  # starts the workers
+        for item in deliveries:
             if isinstance(item, Failure):
                 raise ConfigError(item.problems)
             yield item
