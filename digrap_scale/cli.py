@@ -161,7 +161,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     from digrap_scale.planning.plan import alternatives, parse_bytes, plan
     from digrap_scale.planning.show import show_alternatives, show_plan
-    from digrap_scale.training.batches import describe_data
+    from digrap_scale.training.batches import describe_data, open_training_data
 
     device_memory = None if options.device_memory is None else parse_bytes(options.device_memory)
     config, ranks, console = _load(options), options.world_size, Console()
@@ -171,7 +171,7 @@ def _plan(options: argparse.Namespace) -> None:
         print("data: not opened (data.allow_commands: shards would be fetched)")
         return
     try:
-        lines = describe_data(config, ranks)
+        lines = describe_data(config, ranks, open_training_data(config).sources)
     except ConfigError as error:  # a plan may be older than its data; validate is where this is an error
         lines = [f"data: not planned: {problem}" for problem in error.problems]
     for line in lines:

@@ -29,7 +29,7 @@ from digrap_scale.sharding.base import Backend, closure_first
 from digrap_scale.sharding.previous import PreviousWeights
 from digrap_scale.types import ShardView
 
-# Optimizers that carry a projector: two of them would project twice.
+# Optimizers that carry a projector, two of which would project twice, and methods, which hold one optimizer's state.
 attached: weakref.WeakSet[Optimizer | Method] = weakref.WeakSet()
 
 _ALL = slice(None)

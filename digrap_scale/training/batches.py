@@ -120,15 +120,14 @@ def data_counters(loader: TrainingLoader, config: Config, place: Place) -> dict[
     return counters
 
 
-def describe_data(config: Config, world_size: int) -> list[str]:
+def describe_data(config: Config, world_size: int, sources: list[Source]) -> list[str]:
     """An epoch's steps, and what each worker of ``world_size`` ranks reads of it, a line each.
 
     Raises:
-        ConfigError: see ``open_shards``; the batches do not divide among so many ranks.
+        ConfigError: the batches do not divide among so many ranks.
     """
     training, data = config.training, config.data
     micro, accumulation_steps = portions(training, world_size)
-    sources = open_training_data(config).sources
     counts = [count for source in sources for count in source.shards.counts]
     split = Split(
         sum(counts),

@@ -47,7 +47,7 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": weights})})
     with place(config) as here, peer_errors():
         preparing = Ranks.of_job(PREPARATION_S)
-        preparing.on_first(lambda: refuse(find_problems(config)))
+        here.on_rank_0(lambda: refuse(find_problems(config)), preparing)
         reads_training = config.data.hold_out is not None or config.evaluation.shift_degree is not None
         data = open_evaluation(config, open_training_data(config, preparing.on_first) if reads_training else None)
         preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not

@@ -65,8 +65,8 @@ class Place:
             dist.all_gather_object(values, value)
         return values
 
-    def on_rank_0(self, action: Callable[[], Result]) -> Result:
-        """``Ranks.on_first``, where a file that cannot be written is a SaveError. Collective."""
+    def on_rank_0(self, action: Callable[[], Result], ranks: Ranks | None = None) -> Result:
+        """``Ranks.on_first`` (of ``ranks``, or of the job's), where a file that cannot be written is a SaveError. Collective."""
 
         def act() -> Result:
             try:
@@ -74,7 +74,8 @@ class Place:
             except OSError as error:
                 raise SaveError(str(error)) from error
 
-        return Ranks(self.rank, self.world_size, dist.group.WORLD if self.world_size > 1 else None).on_first(act)
+        ranks = ranks or Ranks(self.rank, self.world_size, dist.group.WORLD if self.world_size > 1 else None)
+        return ranks.on_first(act)
 
     def same(self, what: str, value: object) -> None:
         """Raise ConfigError on every rank if ``value`` is not the same on all of them. Collective."""

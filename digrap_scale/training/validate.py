@@ -40,8 +40,9 @@ def validate(config: Config, world_size: int | None = None) -> list[str]:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_ranks(config, world_size)
     num_classes = _num_classes(config)
-    lines = describe_model(config, num_classes) + describe_data(config, world_size)
-    samples = sum(source.shards.samples for source in open_training_data(config).sources)
+    sources = open_training_data(config).sources
+    lines = describe_model(config, num_classes) + describe_data(config, world_size, sources)
+    samples = sum(source.shards.samples for source in sources)
     need = disk_need(read_model(config, num_classes), config, count_steps(config, samples))
     line, problem = disk_lines(need, config)
     if problem is not None:
