@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,9 +77,7 @@ def photographs(packages: Path) -> tuple[dict[str, Image.Image], dict[str, str]]
     package = fetched(command, packages, f"{name}_{version}_*.deb", sha256)
     folder = packages / name
     if not (folder / STAMPS_FOLDER).is_dir():
-        run = subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], capture_output=True, text=True)
-        if run.returncode != 0:
-            raise RuntimeError(f"dpkg-deb -x {package}: {run.stderr.strip()}")
+        _unpack(package, folder)
     stamps = folder / STAMPS_FOLDER
     tiles, label = {}, {}
     for path in sorted(stamps.rglob("*.png")):
@@ -89,6 +88,20 @@ def photographs(packages: Path) -> tuple[dict[str, Image.Image], dict[str, str]]
         concept = path.relative_to(stamps).with_suffix("").as_posix()
         tiles[concept], label[concept] = _tile(path), STAMP_CLASSES[max(fitting, key=len)]
     return tiles, label
+
+
+def _unpack(package: Path, folder: Path) -> None:
+    """Unpacked beside and renamed: a half of it, by a run that was killed or goes on beside this one, is not taken for all."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        whole = Path(beside) / folder.name
+        run = subprocess.run(["dpkg-deb", "-x", str(package), str(whole)], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"dpkg-deb -x {package}: {run.stderr.strip()}")
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not (folder / STAMPS_FOLDER).is_dir():  # unless another run was first
+                raise
 
 
 def _tile(path: Path) -> Image.Image:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import random
 import sys
 from pathlib import Path
@@ -219,3 +221,25 @@ def test_fetched_file_of_another_hash_is_refused(tmp_path: Path) -> None:
         far.fetched(["false"], tmp_path, "thing-*.whl", "0" * 64)
     with pytest.raises(RuntimeError, match="failed"):
         far.fetched(["false"], tmp_path, "other-*.whl", "0" * 64)
+
+
+def test_a_half_unpacked_package_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, version, _ = far.STAMPS
+    package = tmp_path / f"{name}_{version}_all.deb"
+    package.write_bytes(b"package")
+    monkeypatch.setattr(far, "STAMPS", (name, version, hashlib.sha256(b"package").hexdigest()))
+    stamps = far.STAMPS_FOLDER + "/animals/birds"
+    tool = tmp_path / "bin" / "dpkg-deb"
+    tool.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    Image.new("RGBA", (8, 8), "red").save(tmp_path / "bird.png")
+    unpacks = f'#!/bin/sh\nmkdir -p "$3/{stamps}" && cp {tmp_path}/bird.png "$3/{stamps}/'
+    tool.write_text(f'{unpacks}first.png"\necho no space left >&2\nexit 2\n')
+    tool.chmod(0o755)
+    with pytest.raises(RuntimeError, match="no space left"):
+        far.photographs(tmp_path)
+    tool.write_text(f'{unpacks}first.png" && cp {tmp_path}/bird.png "$3/{stamps}/second.png"\n')
+    tiles_of, label = far.photographs(tmp_path)
+    assert label == {"animals/birds/first": "bird", "animals/birds/second": "bird"} and set(tiles_of) == set(label)
+    tool.unlink()
+    assert far.photographs(tmp_path)[1] == label  # unpacked once
