@@ -27,7 +27,16 @@ fi
 # launch.py, are asked themselves: they save and leave, and the launcher after them.
 "${command[@]}" &
 runner=$!
-trap 'pkill -TERM -P "$(pgrep -d , -P "$runner")"' TERM
+asked=
+ask() {
+  if pkill -TERM -P "$(pgrep -d , -P "$runner")" 2> /dev/null; then
+    asked=yes
+  elif [ -z "$asked" ]; then # there are no ranks yet
+    pkill -TERM -P "$runner" || true
+    kill -TERM "$runner" || true
+  fi
+}
+trap ask TERM
 status=0
 wait "$runner" || status=$?
 while kill -0 "$runner" 2>/dev/null; do

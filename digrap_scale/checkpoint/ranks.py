@@ -79,7 +79,8 @@ class Ranks:
         if len(failed) < self.size and self.size > 1 and failed[0] != 0:
             lines = [f"rank {failed[0]}: {lines[0]}", *lines[1:]]
         raised: DigrapError = getattr(errors, kind)(lines if kind == "ConfigError" else "\n".join(lines))
-        raised.agreed = True
+        # A rank whose error is none of ours raises that one, and leaves without the others: they must not wait for it.
+        raised.agreed = all(gathered[rank][1][0] != "PeerError" for rank in failed)
         raise raised from cause
 
     def on_first(self, action: Callable[[], Result]) -> Result:

@@ -216,11 +216,14 @@ def _jobs(settings: ExecutorConfig, folder: Path) -> Iterator[Start]:
         ) from None
     lock = threading.Lock()
     running: set[Any] = set()
+    closed = threading.Event()
 
     def start(command: list[str], log: Path, environment: dict[str, str]) -> int:
         job = None
         try:
             with lock:
+                if closed.is_set():  # it waited for the lock while another one was submitted
+                    return -1
                 job = executor.submit(run_command, command, str(log), environment)
                 running.add(job)
             return int(job.result())
@@ -235,6 +238,8 @@ def _jobs(settings: ExecutorConfig, folder: Path) -> Iterator[Start]:
     try:
         yield start
     except BaseException:
+        with lock:
+            closed.set()
         for job in list(running):
             job.cancel()
         raise

@@ -134,8 +134,9 @@ def domains_of(comparison: Comparison) -> list[str]:
 
 
 def whole(comparison: Comparison) -> list[Row]:
-    """The rows that have every domain: means over domains of others would be of other domains."""
-    return [row for row in comparison.rows if set(row.results) == set(domains_of(comparison))]
+    """The rows that have every domain, and a seed in all of them: means over domains of others would be of other domains."""
+    rows = [row for row in comparison.rows if set(row.results) == set(domains_of(comparison))]
+    return [row for row in rows if set.intersection(*(set(seeds) for seeds in row.results.values()))]
 
 
 def score(result: SuiteResult, shifts: Sequence[str]) -> float:

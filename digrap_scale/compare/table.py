@@ -127,14 +127,17 @@ def _mark_best(column: list[Cell], cells: list[list[Cell]], number: int) -> None
 
 def _difference(one: Results, base: Results, column: str, comparison: Comparison) -> Difference | None:
     """Of runs that share domain and seed; weights without a seed are set against every seed of the baseline."""
-    shown = by_seed(one, column)  # the seeds that every domain has
+    # The seeds that every domain has, of both: as in the means.
+    ours, shown = by_seed(one, column), set(by_seed(base, column))
+    if None not in ours:
+        shown &= set(ours)
     pairs: dict[str, list[float]] = {}
     for domain, of_domain in base.items():
         mine = one[domain]
         found = [
             value(mine[seed if seed in mine else None], column) - value(result, column)
             for seed, result in of_domain.items()
-            if seed in shown or None in shown
+            if seed in shown
         ]
         if found:
             pairs[domain] = found

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from digrap_scale.errors import ConfigError
 from digrap_scale.types import Batch
 
+ORPHAN_POLL_S = 5.0
+
 
 @dataclass
 class Delivery:
@@ -51,8 +53,10 @@ def _heed_the_rank_alone(_worker: int) -> None:
 
 
 def _end_by(rank: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-        pass  # somebody else's
+    """Ends with the rank, too: torch's own look at it does not end a worker whose last batches nobody takes from the pipe."""
+    while (found := signal.sigtimedwait({signal.SIGTERM}, ORPHAN_POLL_S)) is None or found.si_pid != rank:
+        if os.getppid() != rank:
+            break
     os._exit(0)
 
 
@@ -76,6 +80,8 @@ class Workers:
             batch_size=None,
             sampler=places,
             num_workers=self.count,
+            # Others start a process between, which is not the rank and lets SIGTERM through (forkserver: Python 3.14's default).
+            multiprocessing_context="fork" if self.count else None,
             prefetch_factor=self.prefetch_batches if self.count else None,
             pin_memory=torch.accelerator.is_available(),
             generator=torch.Generator().manual_seed(seed),

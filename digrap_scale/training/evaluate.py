@@ -52,11 +52,10 @@ def evaluate(config: Config, weights: str | None = None, *, show: bool = True) -
         data = open_evaluation(config, open_training_data(config, preparing.on_first) if reads_training else None)
         preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
         result = evaluate_run(build_run(config, here, adapter), config, here, data)
-        if here.rank == 0:
-            rows = [ReportRow(weights or config.model.path, result)]
-            write_report(rows, Path(config.run.folder) / "evaluation", notes=[])
-            if show:
-                print_report(rows)
+        rows = [ReportRow(weights or config.model.path, result)]
+        here.on_rank_0(lambda: write_report(rows, Path(config.run.folder) / "evaluation", notes=[]))
+        if show and here.rank == 0:
+            print_report(rows)
         return result
 
 

@@ -92,6 +92,7 @@ def check_four(cases: dict[str, Case], key: str, four: Results) -> None:
         assert all(any("gain" in name for name in got[key]["empty_shards"]) for got in four[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", FOUR)
 def test_four_ranks(four: Results, key: str) -> None:
     check_four(FOUR, key, four)

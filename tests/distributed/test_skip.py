@@ -52,7 +52,7 @@ Trained = tuple[str, dict[str, Case], list[dict[str, Any]]]
             ("fsdp2", 2, pytest.mark.slow),
             ("fsdp2", 3, ()),
             ("zero1", 2, pytest.mark.slow),
-            ("zero2", 3, ()),
+            ("zero2", 3, pytest.mark.slow),
             ("zero3", 2, pytest.mark.slow),
             ("zero3", 3, ()),
         ]
