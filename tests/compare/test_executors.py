@@ -52,6 +52,15 @@ def test_a_job_that_is_not_taken_stops_no_other(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "log.txt").read_text() == "not submitted: sbatch: error: QOSMaxSubmitJobPerUserLimit\n"
 
 
+def test_nothing_is_submitted_once_the_others_were_cancelled(tmp_path: Path) -> None:
+    """A trial that waits for its turn while compare is told to stop would run on, and compare wait for it."""
+    settings = ExecutorConfig(name="submitit", cluster="local", timeout_minutes=1)
+    with pytest.raises(KeyboardInterrupt), _starter(settings, tmp_path) as start:
+        raise KeyboardInterrupt
+    assert start(["touch", str(tmp_path / "ran")], tmp_path / "log.txt", {}) == -1
+    assert not list(tmp_path.glob("submitit/*_submitted.pkl")) and not (tmp_path / "ran").exists()
+
+
 def test_several_ranks_start_through_the_backends_launcher(tmp_path: Path) -> None:
     grid = grid_of(tmp_path)
     grid["base"]["sharding"] = {"backend": "fsdp2"}

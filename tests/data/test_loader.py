@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import time
@@ -53,23 +54,18 @@ def test_training_epochs_are_exact(shards: ShardSet, workers: int) -> None:
     assert sum(b == a + 1 for a, b in zip(epochs[0], epochs[0][1:], strict=False)) < 24
 
 
-def pending(pid: int | None) -> int:
-    """A process's pending signals, as a mask."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("ShdPnd")).split()[1], 16)
-
-
 def test_workers_heed_the_rank_alone(shards: ShardSet) -> None:
     """torchrun sends SIGTERM to all processes of a rank, which still takes steps, and saves; then it may end them."""
+    others = set(multiprocessing.active_children())
     batches = iter(loader(shards, True, workers=1))
     first = list(islice(batches, 2))
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - others
     for _ in range(2):
         subprocess.run(["kill", str(worker.pid)], check=True)
     assert numbers(first + list(islice(batches, 9))) == numbers(list(islice(loader(shards, True), 11)))
     assert worker.is_alive()
     until = time.monotonic() + 20  # a signal that comes while another one is pending is merged into it
-    while pending(worker.pid) >> (signal.SIGTERM - 1) & 1 and time.monotonic() < until:
+    while int(status_of(worker.pid, "ShdPnd"), 16) >> (signal.SIGTERM - 1) & 1 and time.monotonic() < until:
         time.sleep(0.01)
     worker.terminate()
     worker.join(20)
@@ -147,3 +143,25 @@ def test_crops_do_not_depend_on_the_folder(shards: ShardSet, tmp_path: Path) -> 
     copy = ShardSet.open([f"{tmp_path}/p-*.tar"])
     here, there = ([batch.inputs["seeds"].tolist() for batch in islice(loader(one, True), 5)] for one in (shards, copy))
     assert here == there
+
+
+def test_workers_start_by_fork_whatever_the_default(shards: ShardSet) -> None:
+    """Python 3.14's default starts a process between, which lets SIGTERM through."""
+    before, others = multiprocessing.get_start_method(), set(multiprocessing.active_children())
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        batches = iter(loader(shards, True, workers=1))
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - others
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert int(status_of(worker.pid, "PPid")) == os.getpid()
+    blocked = int(
+        status_of(worker.pid, "SigBlk"), 16
+    )  # of its main thread; that which waits for the signal shows it as open
+    assert blocked >> (signal.SIGTERM - 1) & 1
+
+
+def status_of(pid: int | None, key: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{key}:")).split()[1]
