@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import islice
@@ -165,3 +166,40 @@ def test_workers_start_by_fork_whatever_the_default(shards: ShardSet) -> None:
 def status_of(pid: int | None, key: str) -> str:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(line for line in lines if line.startswith(f"{key}:")).split()[1]
+
+
+def test_workers_end_with_a_rank_that_left_at_once() -> None:
+    """It has told them nothing, and their last batches fill a pipe that nobody reads: torch's own workers would stay."""
+    run = subprocess.run([sys.executable, "-c", LEAVES_AT_ONCE], capture_output=True, text=True, timeout=60)
+    workers = run.stdout.split()
+    assert run.returncode == 9 and len(workers) == 2, run.stderr
+    until = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: str) -> bool:
+    try:
+        return status_of(int(pid), "State") != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+LEAVES_AT_ONCE = """
+import itertools, multiprocessing, os, time
+from digrap_scale.data import workers
+from digrap_scale.data.workers import Delivery, Workers
+
+workers.ORPHAN_POLL_S = 0.2
+
+class Large:
+    def __getitem__(self, number):
+        return Delivery(None, [100 * "x" + str(i) for i in range(2000)])
+
+batches = Workers(2).run(Large(), range(10**6), 0)
+list(itertools.islice(batches, 2))
+time.sleep(0.5)
+print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+os._exit(9)
+"""
