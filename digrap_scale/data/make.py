@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,13 +19,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import webdataset as wds
 
 from digrap_scale.data.manifest import Manifest, index_shards, replacing
+from digrap_scale.data.orphans import end_with_parent
 from digrap_scale.data.reading import IMAGE_COUNT
 from digrap_scale.data.shards import FIXED_MEMBER_FIELDS, PREFIX, check_key, publish_shards
 from digrap_scale.data.tar import HEADER_BYTES, SampleError
@@ -237,20 +234,9 @@ def _write_all(left: Sequence[tuple[Path, Sequence[Item]]], processes: int, skip
         for path, shard in left:
             _write_shard(path, shard, skip)
         return
-    with ProcessPoolExecutor(min(processes, len(left)), initializer=_end_with_parent) as pool:
+    # Processes of a killed run must not write on while the next one goes on with the same shards.
+    with ProcessPoolExecutor(min(processes, len(left)), initializer=end_with_parent) as pool:
         list(pool.map(_write_shard, *zip(*left, strict=True), repeat(skip)))
-
-
-def _end_with_parent() -> None:
-    """Processes of a killed run must not write on while the next one goes on with the same shards."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _write_shard(path: Path, items: Sequence[Item], skip: bool) -> None:

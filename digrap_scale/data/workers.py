@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from digrap_scale.data.orphans import end_with_parent
 from digrap_scale.errors import ConfigError
 from digrap_scale.types import Batch
-
-ORPHAN_POLL_S = 5.0
 
 
 @dataclass
@@ -49,14 +48,13 @@ def _no_sigterm() -> Iterator[None]:
 
 def _heed_the_rank_alone(_worker: int) -> None:
     """Of a worker: launchers send SIGTERM to all processes of a rank, which needs its workers until it has saved."""
+    end_with_parent()  # torch's own look at it does not end a worker whose last batches nobody takes from the pipe
     threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_by(rank: int) -> None:
-    """Ends with the rank, too: torch's own look at it does not end a worker whose last batches nobody takes from the pipe."""
-    while (found := signal.sigtimedwait({signal.SIGTERM}, ORPHAN_POLL_S)) is None or found.si_pid != rank:
-        if os.getppid() != rank:
-            break
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass  # somebody else's
     os._exit(0)
 
 

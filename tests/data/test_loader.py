@@ -18,6 +18,7 @@ import torch
 
 from digrap_scale.data.shards import ShardSet, write_shards
 from digrap_scale.errors import ConfigError
+from tests.data.processes import lives, status_of
 from tests.data.samples import NumberTask, make_samples, open_loader, raw_tar, sample_members
 
 
@@ -157,41 +158,25 @@ def test_workers_start_by_fork_whatever_the_default(shards: ShardSet) -> None:
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert int(status_of(worker.pid, "PPid")) == os.getpid()
-    blocked = int(
-        status_of(worker.pid, "SigBlk"), 16
-    )  # of its main thread; that which waits for the signal shows it as open
+    # of its main thread; that which waits for the signal shows it as open
+    blocked = int(status_of(worker.pid, "SigBlk"), 16)
     assert blocked >> (signal.SIGTERM - 1) & 1
-
-
-def status_of(pid: int | None, key: str) -> str:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(line for line in lines if line.startswith(f"{key}:")).split()[1]
 
 
 def test_workers_end_with_a_rank_that_left_at_once() -> None:
     """It has told them nothing, and their last batches fill a pipe that nobody reads: torch's own workers would stay."""
     run = subprocess.run([sys.executable, "-c", LEAVES_AT_ONCE], capture_output=True, text=True, timeout=60)
-    workers = run.stdout.split()
+    workers = [int(word) for word in run.stdout.split()]
     assert run.returncode == 9 and len(workers) == 2, run.stderr
     until = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < until:
+    while any(map(lives, workers)) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(map(alive, workers))
-
-
-def alive(pid: str) -> bool:
-    try:
-        return status_of(int(pid), "State") != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert not any(map(lives, workers))
 
 
 LEAVES_AT_ONCE = """
 import itertools, multiprocessing, os, time
-from digrap_scale.data import workers
 from digrap_scale.data.workers import Delivery, Workers
-
-workers.ORPHAN_POLL_S = 0.2
 
 class Large:
     def __getitem__(self, number):

@@ -19,6 +19,7 @@ import pytest
 from digrap_scale.data import make
 from digrap_scale.data.make import Item, make_shards
 from digrap_scale.errors import ConfigError, PeerError
+from tests.data.processes import lives
 
 
 def given(images: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
@@ -163,9 +164,9 @@ def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
         run.wait()
     assert len(workers) == 2
     end = time.monotonic() + 30
-    while any(map(_lives, workers)) and time.monotonic() < end:
+    while any(map(lives, workers)) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(map(_lives, workers))
+    assert not any(map(lives, workers))
     make_shards([item("a", 1)], out, prefix="p", samples_per_shard=1)
     assert not list(out.glob(".*"))
 
@@ -175,11 +176,3 @@ def _content(note: Path) -> str:
     while not (note.exists() and note.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
     return note.read_text()
-
-
-def _lives(process: int) -> bool:
-    """A process that has ended but that nobody waits for is in state Z."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
