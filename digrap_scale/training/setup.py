@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import Config
 from digrap_scale.errors import ConfigError, PeerError, SaveError, brief
+from digrap_scale.sharding.collectives import load_collectives
 from digrap_scale.training.faults import leave_without_others
 from digrap_scale.training.launch import own_environment
 
@@ -300,6 +302,8 @@ def _init_deepspeed(backend: str, device: torch.device, timeout: timedelta) -> N
             f"sharding.backend: {backend} needs DeepSpeed: pip install 'digrap-scale[deepspeed]'"
         ) from error
     deepspeed.utils.logger.setLevel("WARNING")
+    if device.type == "cpu":
+        load_collectives(lambda line: print(line, file=sys.stderr) if launched_rank() == 0 else None)
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else None, timeout=timeout, verbose=False)
 
 

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from digrap_scale.sharding.collectives import load_collectives
 
 # Imported once, by a server that ranks are forked from: importing is most of what starting a rank costs.
 multiprocessing.set_forkserver_preload(["deepspeed", "peft", "transformers", "digrap_scale.training.run"])
@@ -40,6 +43,8 @@ def _worker(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    if "deepspeed" in sys.modules:  # not where ranks are spawned: they import it themselves if they want it
+        load_collectives(print)
     dist.init_process_group("gloo")
     try:
         result = function(*args)
@@ -64,14 +69,20 @@ def run_ranks(
     ``start_method="spawn"`` where memory is measured: a forked rank shares what it has imported.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    context = mp.start_processes(
+        _worker,
+        args=(world_size, free_port(), str(folder), function, args),
+        nprocs=world_size,
+        join=False,
+        start_method=start_method,
+    )
     try:
-        mp.start_processes(
-            _worker,
-            args=(world_size, free_port(), str(folder), function, args),
-            nprocs=world_size,
-            start_method=start_method,
-        )
+        while not context.join():
+            pass
     except mp.ProcessRaisedException as error:
         reports = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
         raise AssertionError(f"a rank failed:\n{reports or error}") from None
+    finally:
+        for process in context.processes:  # a test that ran out of time leaves none that hang
+            process.kill()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -16,6 +16,7 @@ from digrap_scale.models.build import build_model
 from digrap_scale.models.groups import build_groups
 from digrap_scale.reference.initial import open_weights
 from digrap_scale.sharding.build import build_engine
+from digrap_scale.sharding.collectives import load_collectives
 from digrap_scale.sharding.engine import Engine
 from tests.models.tiny import make_config
 
@@ -105,6 +106,7 @@ def measure(warm_up: list[Config], configs: dict[str, Config], ways: list[bool])
     of the shards, and seconds. The first starts, which are not measured, import what is needed."""
     import deepspeed
 
+    load_collectives(print)
     for config in warm_up:
         start(config, 3, sliced=True)
     found: dict[str, Any] = {}
