@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from digrap_scale.process_lock import ProcessLock
 
 ROOT = "TORCH_EXTENSIONS_DIR"  # torch's own variable: where extensions are compiled
 _POLL_S = 0.05
+_SILENT_S = 60.0  # about as long as compiling takes
 
 
 def load_collectives(announce: Callable[[str], None]) -> None:
@@ -27,7 +29,7 @@ def load_collectives(announce: Callable[[str], None]) -> None:
     ours, and only who holds the kernel's lock on it compiles: torch's lock is then of a process that is gone.
 
     Args:
-        announce: told that the compiler runs, which takes a minute.
+        announce: told that the compiler runs, which takes a minute, or what this process waits for.
 
     Raises:
         ConfigError: there is no compiler, or it fails; the folder cannot be written to, or its file system has no locks.
@@ -46,7 +48,11 @@ def load_collectives(announce: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not any(folder.glob("*/*.so")):
             announce(f"compiling DeepSpeed's collectives for the CPU, once, into {folder}")
+        silent_until = time.monotonic() + _SILENT_S
         while not lock.acquire():
+            if time.monotonic() > silent_until:
+                silent_until = math.inf
+                announce(f"waiting for {lock.holder()}, which compiles DeepSpeed's collectives in {folder}")
             time.sleep(_POLL_S)
     except OSError as error:
         without = (

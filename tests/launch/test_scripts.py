@@ -32,11 +32,10 @@ def test_is_sound_shell(script: Path) -> None:
         subprocess.run(["shellcheck", str(script)], check=True)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (3, False), (143, False)])
-def test_slurm_requeues_a_preempted_job_alone(status: int, requeued: bool, tmp_path: Path) -> None:
-    """With stand-ins for SLURM's own programs; a task sees the numbers that torch needs."""
+def slurm(tmp_path: Path, status: int, *arguments: str, **variables: str) -> tuple[int, dict[str, str]]:
+    """The job's exit code where its tasks end with ``status``, and what was noted: stand-ins for SLURM's own programs."""
     programs = {
-        "srun": f'shift 2; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"; exit {status}',
+        "srun": f'echo "$2" > "$NOTED.kill"; shift 2; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"; exit {status}',
         "scontrol": 'case $1 in show) printf "n7\\nn8\\n";; *) echo "$@" >> "$NOTED";; esac',
         "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > "$NOTED.task"',
     }
@@ -50,13 +49,27 @@ def test_slurm_requeues_a_preempted_job_alone(status: int, requeued: bool, tmp_p
         "SLURM_JOB_NODELIST": "n[7-8]",
         "SLURM_NTASKS": "4",
         "SLURM_TASKS_PER_NODE": "2(x2)",
+        **variables,
     }
-    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), "run.yaml", "a.b=c d"], env=environment, check=False)
-    assert done.returncode == status
-    task = (tmp_path / "noted.task").read_text()
-    assert task == "3 1 4 2 n7 22345 -m digrap_scale train run.yaml a.b=c d\n"
-    noted = tmp_path / "noted"
-    assert (noted.read_text() if noted.exists() else "") == ("requeue 12345\n" if requeued else "")
+    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *arguments], env=environment, check=False)
+    return done.returncode, {path.name: path.read_text() for path in tmp_path.glob("noted*")}
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (3, False), (143, False)])
+def test_slurm_requeues_a_preempted_job_alone(status: int, requeued: bool, tmp_path: Path) -> None:
+    """A task sees the numbers that torch needs; ranks that still save are not killed because another one is gone."""
+    code, noted = slurm(tmp_path, status, "run.yaml", "a.b=c d")
+    assert code == status
+    assert noted["noted.task"] == "3 1 4 2 n7 22345 -m digrap_scale train run.yaml a.b=c d\n"
+    assert noted["noted.kill"] == "--kill-on-bad-exit=0\n"
+    assert noted.get("noted", "") == ("requeue 12345\n" if requeued else "")
+
+
+def test_slurm_ends_an_evaluation_that_lost_a_task(tmp_path: Path) -> None:
+    code, noted = slurm(tmp_path, 5, "run.yaml", "--weights", "final", VERB="evaluate")
+    assert code == 5
+    assert noted["noted.task"].endswith("-m digrap_scale evaluate run.yaml --weights final\n")
+    assert noted["noted.kill"] == "--kill-on-bad-exit=1\n"
 
 
 def test_kubernetes_manifest_runs_what_torchrun_needs() -> None:

@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from digrap_scale.errors import ConfigError
+from digrap_scale.sharding.collectives import load_collectives
 
 TIMEOUT_S = 240
 # A builder as DeepSpeed's own, which compiles in the same way: through torch, under torch's lock.
 SMALL = """
-import ctypes, sys
+import ctypes, os, sys
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import load
-from digrap_scale.errors import ConfigError, complain
-from digrap_scale.sharding.collectives import load_collectives
+from digrap_scale.sharding import collectives
 
 class Builder:
     def is_compatible(self, verbose):
@@ -30,11 +33,8 @@ class Builder:
 
 builder = Builder()
 get_accelerator().create_op_builder = lambda name: builder
-try:
-    load_collectives(lambda line: print("announced", flush=True))
-except ConfigError as error:
-    complain(error)
-    sys.exit(error.exit_code)
+collectives._SILENT_S = float(os.environ.get("SILENT_S", "60"))
+collectives.load_collectives(lambda line: print(" ".join(line.split()[:3]), flush=True))
 print(ctypes.CDLL(builder.library).answer())
 """
 REAL = """
@@ -81,11 +81,6 @@ def compiler(tmp_path: Path, first: str) -> Path:
     return script
 
 
-def runs(tmp_path: Path) -> int:
-    file = tmp_path / "runs"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
 def test_a_process_is_killed_while_it_compiles(source: Path, tmp_path: Path) -> None:
     """torch's lock stays, and its compiler is at work: the next process neither waits for the one nor hears of the other."""
     root = tmp_path / "root"
@@ -97,30 +92,54 @@ def test_a_process_is_killed_while_it_compiles(source: Path, tmp_path: Path) -> 
         killed.kill()
         killed.wait()
         assert len(list(root.glob("*/small/lock"))) == 1
-        assert ended(start(SMALL, root, source, CXX="c++")) == (0, ["announced", "42"], [])
+        assert ended(start(SMALL, root, source, CXX="c++")) == (0, ["compiling DeepSpeed's collectives", "42"], [])
         assert list(root.glob("*/small/lock")) == []
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
     assert ended(start(SMALL, root, source, CXX="c++")) == (0, ["42"], [])
 
 
-def test_one_process_compiles(source: Path, tmp_path: Path) -> None:
-    cxx = compiler(tmp_path, "sleep 1")
-    processes = [start(SMALL, tmp_path / "root", source, CXX=cxx) for _ in range(3)]
-    assert [ended(process)[::2] for process in processes] == [(0, [])] * 3
-    assert runs(tmp_path) == 1
+def test_one_process_compiles_and_who_waits_says_so(source: Path, tmp_path: Path) -> None:
+    cxx = compiler(tmp_path, f"touch {tmp_path}/at-work; sleep 6")
+    first = start(SMALL, tmp_path / "root", source, CXX=cxx)
+    while not (tmp_path / "at-work").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    code, lines, errors = ended(start(SMALL, tmp_path / "root", source, CXX=cxx, SILENT_S=0.1))
+    assert (code, errors) == (0, [])
+    assert lines == ["compiling DeepSpeed's collectives", "waiting for process", "42"]
+    assert ended(first)[0] == 0
+    assert len((tmp_path / "runs").read_text().splitlines()) == 1
 
 
-def test_no_compiler(source: Path, tmp_path: Path) -> None:
-    code, _, errors = ended(start(SMALL, tmp_path / "root", source, CXX="/no/compiler"))
-    assert (code, len(errors)) == (2, 1)
-    assert "/no/compiler" in errors[0] and "a C++ compiler (g++, or the one that CXX names) and ninja" in errors[0]
+@pytest.fixture
+def small_builder(monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import load
+
+    def compiled() -> None:
+        load("small", [str(source)], is_python_module=False)
+
+    builder = SimpleNamespace(is_compatible=lambda verbose: True, load=compiled)
+    monkeypatch.setattr(get_accelerator(), "create_op_builder", lambda name: builder)
 
 
-def test_no_folder(source: Path, tmp_path: Path) -> None:
-    code, _, errors = ended(start(SMALL, source, source))
-    assert (code, len(errors)) == (2, 1)
-    assert errors[0].startswith(str(source)) and errors[0].endswith("set TORCH_EXTENSIONS_DIR to another folder")
+@pytest.mark.usefixtures("small_builder")
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    expected = r"^DeepSpeed's collectives .* \(.*/no/compiler.*\): a C\+\+ compiler .* and ninja"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_collectives(print)
+    assert len(caught.value.problems[0].splitlines()) == 1
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
+
+
+@pytest.mark.usefixtures("small_builder")
+def test_no_folder(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(source))
+    with pytest.raises(ConfigError, match=f"^{source}/digrap_scale-.*; set TORCH_EXTENSIONS_DIR to another folder$"):
+        load_collectives(print)
 
 
 def test_deepspeed_takes_what_is_loaded(tmp_path: Path) -> None:
