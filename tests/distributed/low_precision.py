@@ -53,8 +53,10 @@ def low_precision_run(
     bad_steps: Sequence[int] = (),
     autocast: bool = False,
     sums: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
 ) -> Reference:
-    """float32 masters; gradients of ``dtype`` weights and inputs, per rank, averaged in ``sums`` (their own by default).
+    """float32 masters; gradients of ``dtype`` weights and inputs, per rank, averaged in ``sums`` (their own by default),
+    in ``order`` (the ranks' by default).
 
     DeepSpeed rounds the initial weights before it copies its float32 masters from them: ``rounded_start``. With
     ``autocast`` the weights stay float32, and Linear's gradients are averaged in ``dtype``.
@@ -75,7 +77,7 @@ def low_precision_run(
     for step, (x, y) in enumerate(make_batches(STEPS, GLOBAL_BATCH)):
         scale = 1.0 if loss_scale is None else loss_scale.value
         grads: dict[str, torch.Tensor | None] = {}
-        for rank in range(ranks):
+        for rank in order or range(ranks):
             part = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)
             leaves = {
                 name: (w.clone() if autocast else w.to(dtype)).requires_grad_(True) for name, w in reference.w.items()
