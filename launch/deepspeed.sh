@@ -28,6 +28,7 @@ fi
 "${command[@]}" &
 runner=$!
 asked=
+# shellcheck disable=SC2317 # the trap calls it
 ask() {
   if pkill -TERM -P "$(pgrep -d , -P "$runner")" 2> /dev/null; then
     asked=yes
