@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from digrap_scale.errors import ConfigError
-from digrap_scale.sharding.collectives import load_collectives
+from digrap_scale.sharding.collectives import _environment, load_collectives
 
 TIMEOUT_S = 240
 # A builder as DeepSpeed's own, which compiles in the same way: through torch, under torch's lock.
@@ -25,17 +25,19 @@ from torch.utils.cpp_extension import load
 from digrap_scale.sharding import collectives
 
 class Builder:
+    name = "small"
+
     def is_compatible(self, verbose):
         return True
 
     def load(self):
-        self.library = load("small", [sys.argv[1]], is_python_module=False)
+        self.library = ctypes.CDLL(load("small", [sys.argv[1]], is_python_module=False))
 
 builder = Builder()
 get_accelerator().create_op_builder = lambda name: builder
-collectives._SILENT_S = float(os.environ.get("SILENT_S", "60"))
+collectives._PATIENCE_S = float(os.environ.get("PATIENCE_S", "600"))
 collectives.load_collectives(lambda line: print(" ".join(line.split()[:3]), flush=True))
-print(ctypes.CDLL(builder.library).answer())
+print(builder.library.answer())
 """
 REAL = """
 import os
@@ -81,35 +83,56 @@ def compiler(tmp_path: Path, first: str) -> Path:
     return script
 
 
+def at_work(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    while not (tmp_path / "at-work").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def runs(tmp_path: Path) -> int:
+    return len((tmp_path / "runs").read_text().splitlines())
+
+
 def test_a_process_is_killed_while_it_compiles(source: Path, tmp_path: Path) -> None:
     """torch's lock stays, and its compiler is at work: the next process neither waits for the one nor hears of the other."""
     root = tmp_path / "root"
-    killed = start(SMALL, root, source, CXX=compiler(tmp_path, f"touch {tmp_path}/at-work; sleep 10"))
+    cxx = compiler(tmp_path, f"[ -e {tmp_path}/at-work ] || {{ touch {tmp_path}/at-work; sleep 60; }}")
+    killed = start(SMALL, root, source, CXX=cxx)
     try:
-        while not (tmp_path / "at-work").exists():
-            assert killed.poll() is None, killed.communicate()
-            time.sleep(0.05)
+        at_work(killed, tmp_path)
         killed.kill()
         killed.wait()
-        assert len(list(root.glob("*/small/lock"))) == 1
-        assert ended(start(SMALL, root, source, CXX="c++")) == (0, ["compiling DeepSpeed's collectives", "42"], [])
-        assert list(root.glob("*/small/lock")) == []
+        assert len(list(root.glob("*/.private-*/small/lock"))) == 1
+        assert ended(start(SMALL, root, source, CXX=cxx)) == (0, ["compiling DeepSpeed's collectives", "42"], [])
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
-    assert ended(start(SMALL, root, source, CXX="c++")) == (0, ["42"], [])
+    assert ended(start(SMALL, root, source, CXX=cxx)) == (0, ["42"], [])
+    assert runs(tmp_path) == 2
+    assert len(list(root.glob("*/small/small.so"))) == 1 and list(root.glob("*/small/lock")) == []
 
 
-def test_one_process_compiles_and_who_waits_says_so(source: Path, tmp_path: Path) -> None:
+def test_one_process_compiles_and_the_others_wait(source: Path, tmp_path: Path) -> None:
+    cxx = compiler(tmp_path, f"touch {tmp_path}/at-work; sleep 4")
+    first = start(SMALL, tmp_path / "root", source, CXX=cxx)
+    at_work(first, tmp_path)
+    second = start(SMALL, tmp_path / "root", source, CXX=cxx)
+    for process in (first, second):
+        assert ended(process) == (0, ["compiling DeepSpeed's collectives", "42"], [])
+    assert runs(tmp_path) == 1
+    assert list((tmp_path / "root").glob("*/.private-*")) == []
+
+
+def test_who_gets_no_lock_compiles_too(source: Path, tmp_path: Path) -> None:
     cxx = compiler(tmp_path, f"touch {tmp_path}/at-work; sleep 6")
     first = start(SMALL, tmp_path / "root", source, CXX=cxx)
-    while not (tmp_path / "at-work").exists():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
-    code, lines, errors = ended(start(SMALL, tmp_path / "root", source, CXX=cxx, SILENT_S=0.1))
-    assert (code, errors) == (0, [])
-    assert lines == ["compiling DeepSpeed's collectives", "waiting for process", "42"]
-    assert ended(first)[0] == 0
-    assert len((tmp_path / "runs").read_text().splitlines()) == 1
+    at_work(first, tmp_path)
+    second = start(SMALL, tmp_path / "root", source, CXX=cxx, PATIENCE_S=0.1)
+    lines = ["compiling DeepSpeed's collectives", "compiling, though another", "42"]
+    assert ended(second) == (0, lines, [])
+    assert ended(first) == (0, ["compiling DeepSpeed's collectives", "42"], [])
+    assert runs(tmp_path) == 2
+    assert len(list((tmp_path / "root").glob("*/small/small.so"))) == 1
+    assert list((tmp_path / "root").glob("*/.private-*")) == []
 
 
 @pytest.fixture
@@ -120,7 +143,7 @@ def small_builder(monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     def compiled() -> None:
         load("small", [str(source)], is_python_module=False)
 
-    builder = SimpleNamespace(is_compatible=lambda verbose: True, load=compiled)
+    builder = SimpleNamespace(name="small", is_compatible=lambda verbose: True, load=compiled)
     monkeypatch.setattr(get_accelerator(), "create_op_builder", lambda name: builder)
 
 
@@ -136,24 +159,44 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_builder")
+def test_a_second_try_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes what failed for done, under the same name."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(ConfigError):
+        patch.setenv("CXX", "/no/compiler")
+        load_collectives(print)
+    load_collectives(print)
+
+
+@pytest.mark.usefixtures("small_builder")
 def test_no_folder(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(source))
-    with pytest.raises(ConfigError, match=f"^{source}/digrap_scale-.*; set TORCH_EXTENSIONS_DIR to another folder$"):
+    expected = f"^{source}/digrap_scale-.*: remove it, or set TORCH_EXTENSIONS_DIR to another folder$"
+    with pytest.raises(ConfigError, match=expected):
         load_collectives(print)
 
 
 def test_deepspeed_takes_what_is_loaded(tmp_path: Path) -> None:
-    """It compiles nothing itself, and never looks at torch's lock in torch's own folder."""
+    """It compiles nothing itself, never looks at torch's lock in torch's own folder, and what is in its place is not touched."""
+    import deepspeed
     from torch.utils.cpp_extension import get_default_build_root
 
-    code, _, errors = ended(start(REAL, None))
+    code, announced, errors = ended(start(REAL, None))
     assert code == 0, errors
-    own = next(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("digrap_scale-*"))
-    shutil.copytree(own, tmp_path / own.name)  # compiled once for all tests
-    (tmp_path / "deepspeed_shm_comm").mkdir()
-    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
-    code, announced, errors = ended(start(REAL, tmp_path))
+    shared = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    place = shared / f"digrap_scale-{_environment(deepspeed)}" / "deepspeed_shm_comm"
+    root = tmp_path / "root"
+    own = root / place.parent.name / place.name
+    shutil.copytree(place, own)  # compiled once for all tests
+    (root / "deepspeed_shm_comm").mkdir()
+    (root / "deepspeed_shm_comm" / "lock").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "c++").write_text("#!/bin/sh\ncase \"$*\" in *' -c '*|*-shared*) exit 1;; esac\n")
+    (tmp_path / "bin" / "c++").chmod(0o755)
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in own.iterdir()}
+    code, announced, errors = ended(start(REAL, root, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}"))
     assert code == 0, errors
     assert not [line for line in announced if "compiling" in line]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deepspeed_shm_comm", own.name]
-    assert [path.name for path in (tmp_path / "deepspeed_shm_comm").iterdir()] == ["lock"]
+    assert {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in own.iterdir()} == before
+    assert sorted(path.name for path in root.iterdir()) == ["deepspeed_shm_comm", place.parent.name]
+    assert [path.name for path in (root / "deepspeed_shm_comm").iterdir()] == ["lock"]
