@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -36,18 +37,25 @@ class ProcessLock:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(descriptor)
-                if isinstance(error, (BlockingIOError, PermissionError)):
-                    return False
-                raise
-            if os.fstat(descriptor).st_nlink == 0:  # it was released, and removed, since it was opened
-                os.close(descriptor)
-                continue
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            self._descriptor = descriptor
+                if self._is_in_place(descriptor):  # else it was released, and removed, since it was opened
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    self._descriptor = descriptor
+            except (BlockingIOError, PermissionError):
+                return False
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
         return True
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        """Not by the number of its links: NFS gives a removed file that is open another name."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.file))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return False
+            raise
 
     def holder(self) -> str:
         """Who has it, in words."""
@@ -59,6 +67,8 @@ class ProcessLock:
     def release(self) -> None:
         """Remove the file, if this process holds it."""
         if self._descriptor is not None:
-            self.file.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+            try:
+                self.file.unlink(missing_ok=True)
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = None

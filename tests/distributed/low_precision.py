@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import permutations
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import functional_call
@@ -102,3 +104,39 @@ def low_precision_run(
             full = {name: None if grad is None else grad / loss_scale.value for name, grad in full.items()}
         reference.step(full)
     return reference
+
+
+class InAnyOrder(NamedTuple):
+    """A run whose ranks' gradients are summed in their order, and what other orders change.
+
+    Attributes:
+        reference: the run.
+        weights: the most that another order changes of an element of the weights.
+        strength: of an ω.
+    """
+
+    reference: Reference
+    weights: float
+    strength: float
+
+
+def low_precision_in_any_order(
+    method: str, theta0: dict[str, torch.Tensor], *, ranks: int, loss_scale: LossScale | None = None, **settings: Any
+) -> InAnyOrder:
+    """``low_precision_run``, with the ranks in all orders: a sum of more than two rounded numbers depends on it."""
+    orders = [order for order in permutations(range(ranks)) if order[0] < order[1]]  # the first two commute
+    scales = [loss_scale, *(loss_scale and replace(loss_scale, skipped=[], grown=[]) for _ in orders[1:])]
+    reference, *others = (
+        low_precision_run(method, theta0, ranks=ranks, order=order, loss_scale=scale, **settings)
+        for order, scale in zip(orders, scales, strict=True)
+    )
+    return InAnyOrder(
+        reference,
+        max((apart_by(reference.w, other.w) for other in others), default=0.0),
+        max((abs(omega - o.omega[name]) for o in others for name, omega in reference.omega.items()), default=0.0),
+    )
+
+
+def apart_by(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of an element."""
+    return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -19,8 +19,6 @@ A weight that is stored in bfloat16 may in addition be rounded the other way: u 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import digrap_scale
-from tests.distributed.low_precision import low_precision_run
+from tests.distributed.low_precision import apart_by, low_precision_in_any_order, low_precision_run
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toy import make_batches, make_theta0, make_toy
 from tests.distributed.training_runs import (
@@ -42,7 +40,6 @@ from tests.distributed.training_runs import (
     make_optimizer,
     train_toy,
 )
-from tests.plain_digrap import Reference
 
 Trained = tuple[str, int, list[dict[str, Any]]]
 BACKENDS = ("fsdp2", "fsdp2 float32 sums", "zero3")
@@ -93,18 +90,10 @@ def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> 
     theta0 = make_theta0(make_toy(), torch.bfloat16)
     sums = torch.float32 if "float32" in backend else torch.bfloat16
 
-    def run(one: str, order: Sequence[int]) -> Reference:
-        start = backend == "zero3"
-        return low_precision_run(one, theta0, rounded_start=start, ranks=ranks, mu=MU, sums=sums, order=order)
-
-    reference, plain = run(method, range(ranks)), run("none", range(ranks))
-    others = []
-    if sums == torch.bfloat16:  # the first two of an order commute
-        others = [run(method, order) for order in permutations(range(ranks)) if order[0] < order[1]]
-    weight_tolerance = WEIGHT_TOLERANCE + max((apart_by(reference.w, other.w) for other in others), default=0.0)
-    strength_tolerance = STRENGTH_TOLERANCE + max(
-        (abs(omega - other.omega[name]) for other in others for name, omega in reference.omega.items()), default=0.0
-    )
+    settings: dict[str, Any] = {"rounded_start": backend == "zero3", "ranks": ranks, "mu": MU, "sums": sums}
+    reference, by_order, strength_by_order = low_precision_in_any_order(method, theta0, **settings)
+    plain = low_precision_run("none", theta0, **settings)
+    weight_tolerance, strength_tolerance = WEIGHT_TOLERANCE + by_order, STRENGTH_TOLERANCE + strength_by_order
     for got in results:
         for name, weight in reference.w.items():
             value = got[method]["weights"][name]
@@ -115,11 +104,6 @@ def test_mixed_precision_with_float32_masters(trained: Trained, method: str) -> 
         assert max(reference.omega.values()) > 2 * strength_tolerance
     assert apart_by(plain.w, reference.w) > 2 * weight_tolerance, "the comparison could not tell the method from none"
     assert all(got[method]["strength"] == results[0][method]["strength"] for got in results)
-
-
-def apart_by(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of an element."""
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def plain_bfloat16(theta0: dict[str, torch.Tensor], mu: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

@@ -131,3 +131,20 @@ def test_a_file_system_without_locks(
     monkeypatch.setattr(fcntl, "lockf", refuse)
     assert len(run_here(values)) == 6
     assert capfd.readouterr().err.count("its file system has no locks (No locks available)") == 1
+
+
+def test_a_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS gives a file that is removed, but open, another name: it keeps its link, and can be locked."""
+    file, lockf, moved = tmp_path / LOCK_FILE, fcntl.lockf, []
+
+    def removed_before(descriptor: int, command: int) -> None:
+        if not moved:
+            moved.append(file.rename(tmp_path / ".nfs1"))
+        lockf(descriptor, command)
+
+    monkeypatch.setattr(process_lock.fcntl, "lockf", removed_before)
+    lock = ProcessLock(file)
+    assert lock.acquire() and lock.held
+    assert file.read_text().startswith(f"process {os.getpid()} ") and moved[0].read_text() == ""
+    lock.release()
+    assert not file.exists()
