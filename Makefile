@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?=
 CHAOS ?= --kills 50
+STUDY ?=
 DOCS ?= build --strict
 
-.PHONY: demo test test-all chaos lint types docs wheel clean
+.PHONY: demo test test-all chaos study lint types docs wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ test-all: $(VENV)/installed  ## the slow ones, too
 
 chaos: $(VENV)/installed  ## a run that is killed fifty times equals one that is not, in every bit (CHAOS='--kills 10' …)
 	$(BIN)/python -m tests.distributed.chaos $(CHAOS)
+
+study: $(VENV)/installed  ## the robustness study; hours, kept from run to run (STUDY='pictograms lite0' …)
+	PYTHON=$(abspath $(BIN))/python benchmarks/robustness/study $(STUDY)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
