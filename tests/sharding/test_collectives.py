@@ -111,24 +111,36 @@ def test_a_process_is_killed_while_it_compiles(source: Path, tmp_path: Path) -> 
     assert len(list(root.glob("*/small/small.so"))) == 1 and list(root.glob("*/small/lock")) == []
 
 
+def held(tmp_path: Path) -> Path:
+    """A compiler that goes on when there is a file ``go``."""
+    return compiler(tmp_path, f"touch {tmp_path}/at-work; while [ ! -e {tmp_path}/go ]; do sleep 0.1; done")
+
+
+def announced(process: subprocess.Popen[str], line: str) -> None:
+    """Wait for its next line."""
+    assert process.stdout is not None and process.stdout.readline() == f"{line}\n"
+
+
 def test_one_process_compiles_and_the_others_wait(source: Path, tmp_path: Path) -> None:
-    cxx = compiler(tmp_path, f"touch {tmp_path}/at-work; sleep 4")
-    first = start(SMALL, tmp_path / "root", source, CXX=cxx)
+    first = start(SMALL, tmp_path / "root", source, CXX=held(tmp_path))
     at_work(first, tmp_path)
-    second = start(SMALL, tmp_path / "root", source, CXX=cxx)
-    for process in (first, second):
-        assert ended(process) == (0, ["compiling DeepSpeed's collectives", "42"], [])
+    second = start(SMALL, tmp_path / "root", source, CXX=tmp_path / "cxx")
+    announced(second, "compiling DeepSpeed's collectives")
+    (tmp_path / "go").touch()
+    assert ended(first) == (0, ["compiling DeepSpeed's collectives", "42"], [])
+    assert ended(second) == (0, ["42"], [])
     assert runs(tmp_path) == 1
     assert list((tmp_path / "root").glob("*/.private-*")) == []
 
 
 def test_who_gets_no_lock_compiles_too(source: Path, tmp_path: Path) -> None:
-    cxx = compiler(tmp_path, f"touch {tmp_path}/at-work; sleep 6")
-    first = start(SMALL, tmp_path / "root", source, CXX=cxx)
+    first = start(SMALL, tmp_path / "root", source, CXX=held(tmp_path))
     at_work(first, tmp_path)
-    second = start(SMALL, tmp_path / "root", source, CXX=cxx, PATIENCE_S=0.1)
-    lines = ["compiling DeepSpeed's collectives", "compiling, though another", "42"]
-    assert ended(second) == (0, lines, [])
+    second = start(SMALL, tmp_path / "root", source, CXX=tmp_path / "cxx", PATIENCE_S=0.1)
+    announced(second, "compiling DeepSpeed's collectives")
+    announced(second, "compiling, though another")
+    (tmp_path / "go").touch()
+    assert ended(second) == (0, ["42"], [])
     assert ended(first) == (0, ["compiling DeepSpeed's collectives", "42"], [])
     assert runs(tmp_path) == 2
     assert len(list((tmp_path / "root").glob("*/small/small.so"))) == 1
