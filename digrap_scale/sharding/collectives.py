@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from digrap_scale.environ import environment
 from digrap_scale.errors import ConfigError, brief
 
 ROOT = "TORCH_EXTENSIONS_DIR"  # torch's own variable: where extensions are compiled
@@ -96,7 +97,7 @@ def _load(builder: Any, folder: Path) -> None:
     try:
         if place.is_dir():
             _refer(own, place)
-        with _extensions_in(private):
+        with environment({ROOT: str(private)}):
             builder.load()  # DeepSpeed keeps it for its own call in this process
         # After a failure in this process torch gives it another name, which no other process would look for.
         if not place.is_dir() and (own / f"{builder.name}.so").is_file():
@@ -127,16 +128,3 @@ def _publish(compiled: Path, place: Path) -> None:
     except OSError:
         if not place.is_dir():  # else another process was first
             raise
-
-
-@contextmanager
-def _extensions_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get(ROOT)
-    os.environ[ROOT] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ROOT]
-        else:
-            os.environ[ROOT] = before

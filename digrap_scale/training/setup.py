@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from digrap_scale.checkpoint.ranks import Ranks
 from digrap_scale.config.schema import Config
+from digrap_scale.environ import environment
 from digrap_scale.errors import ConfigError, PeerError, SaveError, brief
 from digrap_scale.sharding.collectives import load_collectives
 from digrap_scale.training.faults import leave_without_others
@@ -120,7 +121,7 @@ def place(config: Config) -> Iterator[Place]:
         settings |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     here = Place(rank, world_size, _device(local_rank))
-    with _environment(settings), _joined(backend, here.device, timedelta(seconds=collective_timeout_s(config))):
+    with environment(settings), _joined(backend, here.device, timedelta(seconds=collective_timeout_s(config))):
         yield here
 
 
@@ -173,7 +174,7 @@ def imagined_place(config: Config, world_size: int) -> Iterator[Place]:
     settings = _path(backend)
     settings |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    with _environment(settings):
+    with environment(settings):
         dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
         try:
             if backend.startswith("zero"):
@@ -193,21 +194,6 @@ def _path(backend: str) -> dict[str, str]:
     """DeepSpeed looks for ninja on the PATH, where an environment that is not activated has none, or another one, which
     builds anew what this one's had built."""
     return {"PATH": own_environment()["PATH"]} if backend.startswith("zero") else {}
-
-
-@contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """These variables for the block alone: what comes after it in this process is no launcher's job."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def imagine_reduction(model: object) -> None:
