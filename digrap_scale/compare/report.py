@@ -12,7 +12,7 @@ from digrap_scale.checkpoint.atomic import save_error, write_file
 from digrap_scale.compare import cost, numbers
 from digrap_scale.compare.grid import describe_setting
 from digrap_scale.compare.results import Comparison, shown_runs
-from digrap_scale.compare.table import Cell, Table, markdown, stored
+from digrap_scale.compare.table import BESIDE, Cell, Table, has_domains, markdown, stored
 
 FORMAT_VERSION = 1
 REPORT = "report.html"
@@ -141,6 +141,7 @@ def _table(table: Table, baseline: str) -> str:
         mark = ' class="baseline"' if name == baseline else ""
         lines.append(f"<tr{mark}><td>{escape(name)}</td><td>{seeds}</td>{''.join(map(_cell, line))}</tr>")
     how = f"; below it the paired difference to {baseline} ({'; '.join(table.intervals)})" if table.intervals else ""
+    how += f"; the second interval is {BESIDE}" if has_domains(table) else ""
     return (
         f"<h2>{escape(table.title)}</h2><p>Accuracy in percent, mean ± standard error over seeds{escape(how)}. Bold: the best of "
         f"its column, where that interval excludes 0.</p>"
@@ -178,4 +179,5 @@ def _search(comparison: Comparison) -> str:
 def _cell(cell: Cell) -> str:
     text = f"<strong>{cell.text}</strong>" if cell.best else cell.text
     below = f"<small>{cell.difference_text}</small>" if cell.difference is not None else ""
-    return f"<td>{text}{below}</td>"
+    beside = f"<small>{cell.domains_text}</small>" if cell.domains_text else ""
+    return f"<td>{text}{below}{beside}</td>"

@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 FEWEST_UNITS = 3  # of an interval
+_EQUAL = 1e-12  # accuracies are counts over some hundred pictures: what differs less is rounding
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -34,6 +35,8 @@ class Difference:
         low, high: the interval; None where there are one or two units only, or all are equal.
         kind: how the interval was made, in words; empty without one.
         pairs: pairs of runs.
+        of_domains: where the interval is over the pairs of several domains, Student's interval with the domain as the unit, which
+            speaks of other domains of the kind; None with fewer than three domains, or where all agree.
     """
 
     mean: float
@@ -41,6 +44,7 @@ class Difference:
     high: float | None
     kind: str
     pairs: int
+    of_domains: tuple[float, float] | None = None
 
     @property
     def how(self) -> str:
@@ -61,7 +65,8 @@ def paired_difference(
 
     **The unit that is resampled.** With enough domains (below) it is the domain, with all of its seeds: the interval then speaks
     of other domains of the kind. With fewer it is the pair, (domain, seed), of all domains together: the interval speaks of these
-    domains and other seeds; it takes the spread between domains for noise, and is the wider for it.
+    domains and other seeds; it takes the spread between domains for noise, and is the wider for it. Student's interval with the
+    domain as the unit stands beside it (``of_domains``) from three domains on.
 
     **The interval.** A bootstrap mean never leaves the range of the data, and the range of n values holds the middle of their
     distribution with probability 1 − 2^(1−n) at most: no bootstrap of 5 units reaches 95 per cent, whatever its form. So
@@ -93,18 +98,33 @@ def paired_difference(
         units, unit = np.concatenate(by_domain), "pairs"
         weights = np.concatenate([np.full(len(v), pairs / (len(v) * len(by_domain))) for v in by_domain])
     mean, count = float(means.mean()), len(units)
-    if count < FEWEST_UNITS or np.ptp(units) < 1e-12:
-        return Difference(mean, None, None, "", pairs)
-    quantile = student_quantile((1 + confidence) / 2, count - 1)
+    one_each = count == len(means)  # the units are the domains already
+    beside = None if one_each else _students_interval(means, np.ones(len(means)), mean, confidence)
     if count < least:
-        half = quantile * math.sqrt(float(np.square(weights * (units - mean)).sum()) / (count * (count - 1)))
-        return Difference(mean, mean - half, mean + half, f"Student's t over {count} {unit}", pairs)
+        interval = _students_interval(units, weights, mean, confidence)
+        if interval is not None:
+            return Difference(mean, *interval, f"Student's t over {count} {unit}", pairs, beside)
+    if count < least or np.ptp(units) < _EQUAL:
+        return Difference(mean, None, None, "", pairs, beside)
+    quantile = student_quantile((1 + confidence) / 2, count - 1)
     generator = np.random.Generator(np.random.PCG64(20150219))
     drawn = generator.integers(count, size=(samples, count))
     resampled_R = np.average(units[drawn], axis=1, weights=weights[drawn])
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * quantile)
     low, high = np.quantile(resampled_R, [tail, 1 - tail])
-    return Difference(mean, float(low), float(high), f"bootstrap over {count} {unit}", pairs)
+    return Difference(mean, float(low), float(high), f"bootstrap over {count} {unit}", pairs, beside)
+
+
+def _students_interval(
+    units: np.ndarray, weights: np.ndarray, mean: float, confidence: float
+) -> tuple[float, float] | None:
+    """mean ± t · s/√n of weighted ``units``, [n]; None for one or two, or where all are equal."""
+    count = len(units)
+    if count < FEWEST_UNITS or np.ptp(units) < _EQUAL:
+        return None
+    quantile = student_quantile((1 + confidence) / 2, count - 1)
+    half = quantile * math.sqrt(float(np.square(weights * (units - mean)).sum()) / (count * (count - 1)))
+    return mean - half, mean + half
 
 
 def least_units(confidence: float) -> int:

@@ -14,6 +14,9 @@ from digrap_scale.compare.results import MEANS, Comparison, Row, by_seed, column
 from digrap_scale.compare.statistics import Difference, mean_and_error, paired_difference
 from digrap_scale.evaluation.suite import SuiteResult
 
+BESIDE = (
+    "with a domain as the unit (Student's t), which speaks of other domains of the kind, not of other seeds in these"
+)
 Results = Mapping[str, Mapping[int | None, SuiteResult]]
 
 
@@ -49,6 +52,12 @@ class Cell:
             else f" [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
         )
         return f"{100 * one.mean:+.1f}{interval}"
+
+    @property
+    def domains_text(self) -> str:
+        """``[-0.2, +3.9]``: the interval with the domain as the unit, in percentage points; empty where there is none beside."""
+        beside = None if self.difference is None else self.difference.of_domains
+        return "" if beside is None else f"[{100 * beside[0]:+.1f}, {100 * beside[1]:+.1f}]"
 
 
 @dataclass(frozen=True)
@@ -164,9 +173,13 @@ def _rich(table: Table, chosen: Sequence[int]) -> RichTable:
     for number in chosen:
         shown.add_column(escape(table.columns[number].replace(" ", "\n", 1)), justify="right", no_wrap=True)
     shown.add_column("OOD, paired\ndifference", justify="right", no_wrap=True)
+    beside = has_domains(table)
+    if beside:
+        shown.add_column("OOD, domain\nas the unit", justify="right", no_wrap=True)
     for name, line in zip(table.rows, table.cells, strict=True):
         cells = [f"[bold]{line[number].text}[/bold]" if line[number].best else line[number].text for number in chosen]
-        shown.add_row(escape(name), *cells, escape(line[-1].difference_text))
+        ends = [line[-1].difference_text, *([line[-1].domains_text or "–"] if beside else [])]
+        shown.add_row(escape(name), *cells, *map(escape, ends))
     return shown
 
 
@@ -188,7 +201,18 @@ def markdown(table: Table, baseline: str) -> str:
     for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True):
         if name != baseline:
             lines.append(f"| {_plain(name)} | {seeds} | " + " | ".join(cell.difference_text for cell in line) + " |")
+    if has_domains(table):
+        lines += ["", f"{BESIDE[0].upper()}{BESIDE[1:]}:", "", head, rule]
+        for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True):
+            if name != baseline:
+                intervals = " | ".join(cell.domains_text or "–" for cell in line)
+                lines.append(f"| {_plain(name)} | {seeds} | {intervals} |")
     return "\n".join(lines) + "\n"
+
+
+def has_domains(table: Table) -> bool:
+    """Whether intervals with the domain as the unit stand beside the others."""
+    return any(cell.domains_text for line in table.cells for cell in line)
 
 
 def _plain(text: str) -> str:

@@ -96,6 +96,21 @@ def test_many_domains_are_what_is_resampled() -> None:
     assert paired_difference({"a": [0, 1, 2], "b": [3, 4, 5]}).kind == "bootstrap over 6 pairs"
 
 
+def test_domains_as_the_unit_stand_beside_pairs() -> None:
+    """Means 1, 3 and 8: mean 4, s² = (9 + 1 + 16)/2 = 13; 4 ± 4.3027 · √(13/3), whatever their seeds do."""
+    found = paired_difference({"a": [0, 2], "b": [3, 3], "c": [7, 9]})
+    assert (found.kind, found.mean) == ("bootstrap over 6 pairs", 4.0) and found.of_domains is not None
+    half = 4.3027 * math.sqrt(13 / 3)
+    assert found.of_domains == (pytest.approx(4 - half, abs=1e-3), pytest.approx(4 + half, abs=1e-3))
+    unequal = paired_difference({"a": [1], "b": [3], "c": [6, 7, 8, 9, 10]})
+    assert unequal.of_domains == (pytest.approx(4 - half, abs=1e-3), pytest.approx(4 + half, abs=1e-3))
+    assert paired_difference({"a": [0, 2], "b": [3, 5]}).of_domains is None  # two are too few
+    assert paired_difference({"a": [0, 2], "b": [1, 1], "c": [2, 0]}).of_domains is None  # they agree
+    assert (
+        paired_difference({f"d{i}": [float(i)] for i in range(6)}).of_domains is None
+    )  # the interval itself is of domains
+
+
 def test_the_bootstrap_is_drawn_the_same_each_time_and_widened() -> None:
     values = {"a": [0.3, 1.1, -0.4, 2.0, 0.7, 1.6, 0.2]}
     found = paired_difference(values)
