@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -18,11 +20,14 @@ from digrap_scale.evaluation.plots import COLOURS, INK, MARKERS, clean, label_gr
 from digrap_scale.evaluation.strength import read_strength
 
 _OOD = ("near", "far")
+_RATE = "optimizer.learning_rate"
 
 
 def draw(comparison: Comparison) -> dict[str, bytes]:
     """File name → picture, of all that the trials have told enough for."""
     files = {"id_ood.png": id_against_ood(comparison)} if whole(comparison) else {}
+    if (rates := rate_panels(comparison)) is not None:
+        files["rates.png"] = rates
     if (sensitivity := sensitivity_panels(comparison)) is not None:
         files["sensitivity.png"] = sensitivity
     runs = shown_runs(comparison)
@@ -81,6 +86,37 @@ def id_against_ood(comparison: Comparison) -> bytes:
     return png(figure)
 
 
+def rate_panels(comparison: Comparison) -> bytes | None:
+    """ID and OOD accuracy of every method against the learning rate, on the seeds of the search; None where one was tried.
+
+    Of the settings with one rate, that with the best ID validation is shown, in every domain by itself. A mark with a dark edge
+    is the rate that ID validation prefers, by its mean over domains.
+    """
+    lines = {name: _at_values(comparison, name, _RATE) for name in dict.fromkeys(p.method for p in comparison.points)}
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    figure = Figure(figsize=(9.4, 3.9), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, title, read in zip(panels, ("ID accuracy (%)", "OOD mean accuracy (%)"), (_id, _ood), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            colour, marker = COLOURS[(i + 1) % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            values = [100 * read(point) for point in points]
+            rates = [point.value for point in points]
+            axes.plot(rates, values, marker=marker, color=colour, markersize=5, linewidth=1.3, label=name)
+            best = max(range(len(points)), key=lambda number: points[number].validation)
+            axes.plot(rates[best], values[best], marker=marker, color=colour, markersize=7, markeredgecolor=INK)
+        axes.set_xscale("log")
+        shown = sorted({point.value for points in lines.values() for point in points})
+        axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(_RATE.split(".")[-1])
+        axes.set_ylabel(title)
+        clean(axes, grid="both")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return png(figure)
+
+
 def sensitivity_panels(comparison: Comparison) -> bytes | None:
     """OOD (and, dashed, ID validation) against each method's own hyper-parameter, a panel a method; None where none has one.
 
@@ -97,7 +133,7 @@ def sensitivity_panels(comparison: Comparison) -> bytes | None:
     panels = figure.subplots(1, len(lines), squeeze=False, sharey=True)[0]
     flat = _baseline_ood(comparison)
     for i, (axes, (name, (key, points))) in enumerate(zip(panels, lines.items(), strict=True)):
-        x, ood, validation = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+        x, ood, validation = (np.array([read(p) for p in points]) for read in (_value, _ood, _validation))
         colour = COLOURS[(i + 1) % len(COLOURS)]
         axes.plot(x, 100 * ood, marker="o", color=colour, label="OOD")
         axes.plot(
@@ -118,30 +154,52 @@ def sensitivity_panels(comparison: Comparison) -> bytes | None:
     return png(figure)
 
 
-def _curve(comparison: Comparison, method: str) -> tuple[str, list[tuple[float, float, float]]] | None:
-    """(key, [(value, OOD, ID validation)]) of the first hyper-parameter that is the method's own and has several numbers."""
+@dataclass(frozen=True)
+class _Point:
+    """A method with one value of a hyper-parameter: means over domains, and over the seeds of the search."""
+
+    value: float
+    id: float
+    ood: float
+    validation: float
+
+
+_value, _id, _ood, _validation = (operator.attrgetter(name) for name in ("value", "id", "ood", "validation"))
+
+
+def _curve(comparison: Comparison, method: str) -> tuple[str, list[_Point]] | None:
+    """(key, its points) of the first hyper-parameter that is the method's own and has several numbers."""
     points = [point for point in comparison.points if point.method == method]
     shared = _shared_keys(comparison)
     for key, _ in points[0].setting:
-        values = sorted({value for point in points if _is_number(value := dict(point.setting)[key])})
-        everywhere = [
-            v for v in values if {p.domain for p in points if dict(p.setting)[key] == v} == set(domains_of(comparison))
-        ]
-        if key in shared or len(everywhere) < 2:
-            continue
-        return key, [(value, *_best_with(points, key, value)) for value in everywhere]
+        if key not in shared and len(found := _at_values(comparison, method, key)) > 1:
+            return key, found
     return None
 
 
-def _best_with(points: Sequence[SearchPoint], key: str, value: Any) -> tuple[float, float]:
-    """OOD and ID validation, means over domains, of the setting that ID validation prefers among those with this value."""
+def _at_values(comparison: Comparison, method: str, key: str) -> list[_Point]:
+    """The numbers that a method tried for a hyper-parameter in every domain, from the least on; [] where it has none."""
+    points = [point for point in comparison.points if point.method == method and key in dict(point.setting)]
+    values = sorted({value for point in points if _is_number(value := dict(point.setting)[key])})
+    of_value = {value: [point for point in points if dict(point.setting)[key] == value] for value in values}
+    everywhere = set(domains_of(comparison))
+    return [_best_of(v, found) for v, found in of_value.items() if {p.domain for p in found} == everywhere]
+
+
+def _best_of(value: float, points: Sequence[SearchPoint]) -> _Point:
+    """Of these settings the one that ID validation prefers, in every domain by itself."""
     best: dict[str, SearchPoint] = {}
     for point in points:
-        if dict(point.setting)[key] == value:
-            known = best.get(point.domain)
-            if known is None or fmean(point.validation) > fmean(known.validation):
-                best[point.domain] = point
-    return fmean(p.mean(*_OOD) for p in best.values()), fmean(fmean(p.validation) for p in best.values())
+        known = best.get(point.domain)
+        if known is None or fmean(point.validation) > fmean(known.validation):
+            best[point.domain] = point
+    chosen = best.values()
+    return _Point(
+        value,
+        fmean(p.mean("id") for p in chosen),
+        fmean(p.mean(*_OOD) for p in chosen),
+        fmean(fmean(p.validation) for p in chosen),
+    )
 
 
 def _shared_keys(comparison: Comparison) -> set[str]:
@@ -159,11 +217,7 @@ def _is_number(value: Any) -> bool:
 def _baseline_ood(comparison: Comparison) -> float | None:
     """Of the baseline's setting with the best ID validation, on the seeds of the search."""
     points = [point for point in comparison.points if point.method == comparison.baseline]
-    best: dict[str, SearchPoint] = {}
-    for point in points:
-        if point.domain not in best or fmean(point.validation) > fmean(best[point.domain].validation):
-            best[point.domain] = point
-    return fmean(point.mean(*_OOD) for point in best.values()) if best else None
+    return _best_of(0.0, points).ood if points else None
 
 
 def _of_layers(domain: str, runs: Sequence[tuple[str, Any]]) -> dict[str, bytes]:

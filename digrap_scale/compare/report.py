@@ -18,6 +18,10 @@ FORMAT_VERSION = 1
 REPORT = "report.html"
 CAPTIONS = {
     "id_ood": "ID against OOD accuracy, mean ± standard error over seeds. Up and to the right is better.",
+    "rates": (
+        "Accuracy against the learning rate, on the seeds of the search. Of the settings with one rate, that with the best ID "
+        "validation is drawn; the large mark with an edge is the rate that ID validation prefers."
+    ),
     "sensitivity": (
         "Sensitivity to each method's own hyper-parameter, on the seeds of the search. OOD is shown, never selected by: of the "
         "settings with one value, that with the best ID validation is drawn."

@@ -17,8 +17,12 @@ from matplotlib.text import Text
 
 from digrap_scale.evaluation.strength import StrengthHistory
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness. Grey first, for the starting point.
-COLOURS = ("#8c8c8c", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
+# Okabe and Ito's palette, then the four of Tol's "muted" that are far from it: told apart with every common kind of colour
+# blindness. Grey first, for the starting point.
+COLOURS = (
+    "#8c8c8c", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#F0E442",
+    "#332288", "#882255", "#999933", "#44AA99",
+)  # fmt: skip
 MARKERS = "oDsv^P*X<>p"  # a number that shares no factor with that of the colours: pairs repeat late
 SHIFT_MARKERS = {"id": "o", "near": "s", "far": "^"}
 INK = "#222222"

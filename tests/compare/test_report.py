@@ -17,7 +17,7 @@ from tests.compare.grids import grid_of, made_up, write_grid
 from tests.compare.test_compare import Use, numbers
 
 __all__ = ["made_up"]  # a fixture
-PICTURES = {"id_ood", "sensitivity", "strength", "conflicts", "drift"}
+PICTURES = {"id_ood", "rates", "sensitivity", "strength", "conflicts", "drift"}
 
 
 @pytest.fixture
