@@ -85,7 +85,7 @@ def test_id_validation_selects_and_nothing_else(
     table = (tmp_path / "out" / "results.md").read_text()
     assert "**54.0 ± 0.6**" in table and "+5.5 [+5.3, +5.7]" in table
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
-        "id_ood.png", "sensitivity.png", "strength.png", "conflicts.png", "drift.png",
+        "id_ood.png", "rates.png", "sensitivity.png", "strength.png", "conflicts.png", "drift.png",
     }  # fmt: skip
 
 
@@ -221,6 +221,35 @@ def test_a_method_without_a_domain_is_in_no_mean_over_domains(
     assert main(["compare", write_grid(tmp_path, grid)]) == 1
     assert "DiGraP" not in [row["method"] for row in stored(tmp_path)["tables"][0]["rows"]]
     assert "FT" in drawn and "DiGraP" not in drawn
+
+
+def test_accuracy_is_drawn_against_the_rate(tmp_path: Path, made_up: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of DiGraP's two μ that which validates best at a rate (0.1), though the other is far better OOD; marked: the best rate."""
+    drawn: list[list[tuple[list[float], list[float]]]] = []
+    shown = pictures.png
+
+    def png(figure: Any) -> bytes:
+        if figure.axes[0].get_ylabel() == "ID accuracy (%)":
+            drawn.extend(
+                [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for axes in figure.axes
+            )
+        return shown(figure)
+
+    monkeypatch.setattr(pictures, "png", png)
+    made_up(numbers, pictures=True)
+    assert main(["compare", write_grid(tmp_path, grid_of(tmp_path, seeds=[0]))]) == 0
+    ft_id, ft_best, digrap_id, digrap_best = drawn[0]
+    assert ft_id == ([0.001, 0.01], [pytest.approx(51.0)] * 2) and digrap_id == (
+        [0.001, 0.01],
+        [pytest.approx(52.9)] * 2,
+    )
+    assert (ft_best[0], digrap_best[0]) == ([0.001], [0.001])
+    assert drawn[1][2] == ([0.001, 0.01], [pytest.approx(30.4)] * 2)  # (349 + 259) / 2
+
+    one_rate = grid_of(tmp_path, seeds=[0], shared_search={"optimizer.learning_rate": [1e-3]}, out=f"{tmp_path}/out")
+    (tmp_path / "out" / "rates.png").unlink()
+    assert main(["compare", write_grid(tmp_path, one_rate)]) == 0
+    assert not (tmp_path / "out" / "rates.png").exists()
 
 
 @pytest.mark.parametrize("failing, mean", [("DiGraP", 0.529), ("FT", 0.54)])
