@@ -23,7 +23,7 @@ from digrap_scale.compare.grid import Trial
 from digrap_scale.compare.schema import ExecutorConfig
 from digrap_scale.config import dump_config
 from digrap_scale.errors import EXIT_OK, ConfigError
-from digrap_scale.training.launch import command_of, own_environment
+from digrap_scale.training.launch import VISIBLE_DEVICES, own_environment, torchrun_command
 from digrap_scale.version import __version__
 
 # How a command is run: (command, log file, environment beside our own) → exit code.
@@ -89,12 +89,10 @@ def _run(trial: Trial, settings: ExecutorConfig, slot: int, start: Start) -> int
 
 
 def trial_command(trial: Trial, ranks: int, file: Path) -> list[str]:
-    """The command of a trial, with its backend's launcher if it has several processes."""
+    """The command of a trial; torchrun's if it has several processes, which keeps to the devices that a trial is given."""
     if ranks == 1:
         return [sys.executable, "-m", "digrap_scale", trial.verb, str(file)]
-    command = command_of(trial.config.sharding.backend, ranks, file)
-    command[command.index("train", 1)] = trial.verb
-    return command
+    return torchrun_command(trial.verb, ranks, file)
 
 
 def _environment(settings: ExecutorConfig, slot: int) -> dict[str, str]:
@@ -106,13 +104,13 @@ def _environment(settings: ExecutorConfig, slot: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (settings.trials * settings.ranks))))
     }
     if torch.cuda.is_available() and settings.trials > 1:
-        given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        given = os.environ.get(VISIBLE_DEVICES, ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         if len(given) < settings.trials * settings.ranks:
             raise ConfigError(
                 f"executor: expected {settings.trials} trials × {settings.ranks} ranks to fit {len(given)} accelerators; "
                 "lower executor.trials or executor.ranks"
             )
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(given[slot * settings.ranks : (slot + 1) * settings.ranks])
+        found[VISIBLE_DEVICES] = ",".join(given[slot * settings.ranks : (slot + 1) * settings.ranks])
     return found
 
 

@@ -40,9 +40,7 @@ class ExecutorConfig(Section):
         default="local", description="`local`: processes of this machine; `submitit`: jobs of a cluster."
     )
     trials: PositiveInt = Field(default=1, description="Trials at a time.")
-    ranks: PositiveInt = Field(
-        default=1, description="Processes of a trial, started by the launcher of its `sharding.backend`."
-    )
+    ranks: PositiveInt = Field(default=1, description="Processes of a trial, started by torchrun.")
     cluster: Literal["slurm", "local"] = Field(
         default="slurm", description="submitit: its executor; `local` runs the jobs on this machine."
     )

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from digrap_scale.errors import ConfigError, PeerError
 
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
 
 def timed_lines() -> Callable[[str], None]:
     """Shows lines to the user, with the seconds since now."""
@@ -36,13 +38,18 @@ def check_accelerators(processes: int) -> None:
 
 
 def command_of(backend: str, processes: int, config_file: Path) -> list[str]:
-    """The launcher's command, as a user would type it."""
-    job = ["digrap_scale", "train", str(config_file)]
-    if backend.startswith("zero"):
+    """The launcher's command for a training, as a user would type it."""
+    # DeepSpeed's launcher forgets which devices are visible where it is told a number of them, and takes the first ones.
+    if backend.startswith("zero") and not os.environ.get(VISIBLE_DEVICES):
         launcher = ["deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", str(_free_port())]
-        return [sys.executable, "-m", *launcher, "--module", *job]
+        return [sys.executable, "-m", *launcher, "--module", "digrap_scale", "train", str(config_file)]
+    return torchrun_command("train", processes, config_file)
+
+
+def torchrun_command(verb: str, processes: int, config_file: Path) -> list[str]:
+    """torchrun's command: any backend, and the devices that are visible."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [sys.executable, "-m", *launcher, *job]
+    return [sys.executable, "-m", *launcher, "digrap_scale", verb, str(config_file)]
 
 
 def own_environment() -> dict[str, str]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from digrap_scale.cli import main
+from digrap_scale.compare import executors
 from digrap_scale.compare.executors import _starter, trial_command
 from digrap_scale.compare.grid import TrialMaker
 from digrap_scale.compare.load import load_grid
@@ -61,9 +63,11 @@ def test_nothing_is_submitted_once_the_others_were_cancelled(tmp_path: Path) -> 
     assert not list(tmp_path.glob("submitit/*_submitted.pkl")) and not (tmp_path / "ran").exists()
 
 
-def test_several_ranks_start_through_the_backends_launcher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_several_ranks_start_through_torchrun(tmp_path: Path, backend: str) -> None:
+    """ZeRO, too: DeepSpeed's launcher would take the first devices, whatever a trial was given."""
     grid = grid_of(tmp_path)
-    grid["base"]["sharding"] = {"backend": "fsdp2"}
+    grid["base"]["sharding"] = {"backend": backend}
     maker = TrialMaker(load_grid(write_grid(tmp_path, grid)), "grid.yaml")
     setting = (("optimizer.learning_rate", 1e-3),)
     command = trial_command(maker.train("all", "FT", setting, 0), 2, Path("x.yaml"))
@@ -71,6 +75,16 @@ def test_several_ranks_start_through_the_backends_launcher(tmp_path: Path) -> No
     assert command[5:] == ["2", "-m", "digrap_scale", "train", "x.yaml"]
     assert trial_command(maker.zero_shot("all"), 2, Path("x.yaml"))[-2:] == ["evaluate", "x.yaml"]
     assert trial_command(maker.zero_shot("all"), 1, Path("x.yaml"))[1:] == ["-m", "digrap_scale", "evaluate", "x.yaml"]
+
+
+def test_trials_beside_each_other_have_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,GPU-8f1c,7,9")
+    settings = ExecutorConfig(trials=2, ranks=2)
+    given = [executors._environment(settings, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
+    assert given == ["2,3", "GPU-8f1c,7"]
+    with pytest.raises(ConfigError, match="expected 3 trials × 2 ranks to fit 5 accelerators"):
+        executors._environment(ExecutorConfig(trials=3, ranks=2), 0)
 
 
 def test_real_trials_from_the_search_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
