@@ -103,6 +103,8 @@ def find_start(folder: Path, config: Config, lock: FolderLock) -> Start:
         else:
             problems += _inputs_inside(folder, config)
             start.replaces = True
+        if start.checkpoint is not None and not (start.replaces and resume == AUTO):
+            problems += _length_problems(start.checkpoint, config)
         refuse(problems)
         check_reference(config)
     except (OSError, ValueError) as error:
@@ -230,6 +232,38 @@ def _goes_on(folder: Path, config: Config, start: Start, problems: list[str]) ->
         return True
     # Killed before its first checkpoint (or its first status): the same run starts over. Another one must not wipe it out.
     return config.checkpoint.every_steps is not None and _changed(folder / "config.yaml", config) == []
+
+
+def _length_problems(checkpoint: Path, config: Config) -> list[str]:
+    """What would give the run another length than the config says: steps are counted from the first one on, in batches of one
+    size."""
+    training = config.training
+    if _damaged(checkpoint):
+        return []  # whoever opens it says what is wrong
+    if training.steps is not None:
+        step = int(layout.read_state(checkpoint)["step"])
+        few = f"training.steps: expected {step} or more, those of {checkpoint.name}, found {training.steps}"
+        return [few] if training.steps < step else []
+    try:
+        before = parse_config((checkpoint / layout.CONFIG).read_text(encoding="utf-8"), layout.CONFIG).training
+    except ConfigError:
+        return []  # of another version: told as a change
+    if before.global_batch_samples == training.global_batch_samples:
+        return []
+    key = "epochs" if training.epochs is not None else "samples"
+    return [
+        f"training.global_batch_samples: expected {before.global_batch_samples}, that of {checkpoint.name}, with training.{key}, "
+        f"found {training.global_batch_samples}; set training.steps in its place, the steps that were done included"
+    ]
+
+
+def refuse_shorter(config: Config, step: int, total_steps: int) -> None:
+    """Raises: ConfigError: a checkpoint of ``step`` is beyond the run's end; it would be done without a step."""
+    if step > total_steps:
+        key = next(key for key in ("steps", "epochs", "samples") if getattr(config.training, key) is not None)
+        raise ConfigError(
+            f"training.{key}: expected {step} steps or more, those of the checkpoint, found {total_steps}"
+        )
 
 
 def _damaged(checkpoint: Path) -> bool:

@@ -32,7 +32,7 @@ from digrap_scale.training.folder_lock import FolderLock
 from digrap_scale.training.keep import keeping
 from digrap_scale.training.log import RunLog
 from digrap_scale.training.loop import train_steps
-from digrap_scale.training.prepare import find_start, make_folder, telling_early_end
+from digrap_scale.training.prepare import find_start, make_folder, refuse_shorter, telling_early_end
 from digrap_scale.training.setup import (
     PREPARATION_S,
     Place,
@@ -84,7 +84,8 @@ def _train(config: Config, here: Place, stop: StopRequest, watches: ExitStack, l
         preparing.together(lambda: None)  # nodes that have fetched their shards wait for those that have not
         here.same("training shards: samples of each", [source.shards.counts for source in data.sources])
         total_steps = count_steps(config, sum(source.shards.samples for source in data.sources))
-    start_step = 0 if checkpoint is None else checkpoint.step
+        start_step = 0 if checkpoint is None else checkpoint.step
+        preparing.on_first(lambda: refuse_shorter(config, start_step, total_steps))
     with (
         RunLog(
             folder,

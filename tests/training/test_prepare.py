@@ -94,6 +94,37 @@ def test_unless_it_is_asked_to(broken: tuple[Path, dict[str, Any]]) -> None:
     assert "changed since step-3: optimizer.learning_rate: 0.001 → 0.01" in (folder / "messages.log").read_text()
 
 
+@pytest.mark.parametrize(
+    "length, told",
+    [
+        ({"steps": 2, "global_batch_samples": 12}, r"training\.steps: expected 3 or more, those of step-3, found 2"),
+        (
+            {"epochs": 4, "global_batch_samples": 24},
+            r"training\.global_batch_samples: expected 12, that of step-3, with training\.epochs, found 24; set training\.steps",
+        ),
+        ({"samples": 24, "global_batch_samples": 12}, r"training\.samples: expected 3 steps or more, .* found 2"),
+    ],
+)
+def test_the_length_of_a_run_must_be_what_it_says(
+    broken: tuple[Path, dict[str, Any]], length: dict[str, int], told: str
+) -> None:
+    """Counted in batches of another size, or beyond its end, it would train for longer, or be done without a step."""
+    folder, values = broken
+    values["training"], values["schedule"] = length, {"warmup_steps": 1}
+    values["checkpoint"]["resume"] = str(folder / "checkpoints" / "step-3")
+    with pytest.raises(ConfigError, match=told):
+        run_here(values)
+    assert (folder / "checkpoints" / "step-3" / "COMMITTED").is_file()
+
+
+def test_another_batch_goes_on_with_a_number_of_steps(broken: tuple[Path, dict[str, Any]]) -> None:
+    folder, values = broken
+    values["training"] = {"steps": 5, "global_batch_samples": 24}
+    values["checkpoint"]["resume"] = str(folder / "checkpoints" / "step-3")
+    batches = run_here(values)
+    assert [len(keys) for keys in batches] == [24, 24]
+
+
 def interrupted(folder: Path, *lost: str) -> None:
     """As if the run had been stopped, its checkpoints ``lost`` never written."""
     for name in lost:
