@@ -88,13 +88,18 @@ def merge_own(source: Source, config_folder: Path | None) -> Source:
         if "lora_" in own or ".modules_to_save." in own:
             trained[re.sub(r"\.default(?=\.|$)", "", own)] = tensor
         else:
-            own = own.replace(".base_layer.", ".").replace(".original_module.", ".")
+            own = _in_base(own)
             base[own] = replace(tensor, name=own)
     if not trained or not all(".default." in f"{tensor.name}." for tensor in trained.values()):
         raise CheckpointError(f"{source.path}: expected the weights of an adapter named default beside its base's")
-    aliases = {alias.removeprefix(_PREFIX): name.removeprefix(_PREFIX) for alias, name in source.aliases.items()}
+    aliases = {_in_base(alias): _in_base(name) for alias, name in source.aliases.items()}
     own_base = replace(source, tensors=base, aliases=aliases, left_out=(CONFIG,))
     return _merge(own_base, replace(source, tensors=trained), config, {name: name for name in base}, aliases)
+
+
+def _in_base(name: str) -> str:
+    """A base weight's name without what PEFT puts around it."""
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _merge(
@@ -113,9 +118,15 @@ def _merge(
             )
         else:  # trained in full beside the adapters: modules_to_save, biases
             replaced[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
+    # Before the others: PEFT stores a copy of an adapted embedding, which is among those that replace the base's.
+    for module in parts:
+        if f"{module}.weight" in {*tied, *tied.values()}:
+            raise _would_change_both(adapter, f"adapts {module}, whose weight")
     tensors = dict(base.tensors)
     for own, tensor in replaced.items():
         name = file_names.get(own, own)
+        if own in tied.values() and not config.get("ensure_weight_tying"):
+            raise _would_change_both(adapter, f"trains {own} in full, which")
         if name in tensors and tensors[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{adapter.path}: {tensor.name}: expected shape {list(tensors[name].shape)} as in {base.path}, "
@@ -124,13 +135,15 @@ def _merge(
         tensors[name] = replace(tensor.to(tensors[name].dtype) if name in tensors else tensor, name=name)
     for module, found in parts.items():
         name = _find(f"{module}.weight", file_names, base, adapter)
-        if f"{module}.weight" in {*tied, *tied.values()}:
-            raise CheckpointError(
-                f"{adapter.path}: adapts {module}, whose weight the model ties to another: merged, both would change; set "
-                "tie_word_embeddings to false in the base and save it with both weights first"
-            )
         tensors[name] = _merged(tensors[name], _lora(module, found, config, adapter), adapter)
     return replace(base, tensors=tensors)
+
+
+def _would_change_both(adapter: Source, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter.path}: {what} the model ties to another: merged, both would change; set tie_word_embeddings to false in "
+        "the base and save it with both weights first"
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,30 @@ def test_merging_holds_one_module_s_parts(tmp_path: Path, monkeypatch: pytest.Mo
         for _ in tensor.pieces(piece_bytes=64):
             pass
     assert made[0] > 8 and most[0] == 2 and not list(alive)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"target_modules": ["embed_tokens"]}, "adapts"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "trains"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_tied_weight_is_not_merged(options: dict[str, Any], what: str, own: bool, tmp_path: Path) -> None:
+    """Its head kept the pre-trained weight in training; tied to the merged one it would be another model."""
+    model = adapted("paligemma", tmp_path, **options)
+    told = f"{what} .*embed_tokens.* ties to another: merged, both would change"
+    with pytest.raises(CheckpointError, match=told):
+        if not own:
+            convert(tmp_path / "adapter", tmp_path / "out", "safetensors", merge_into=tmp_path / "base")
+            return
+        # As a run's checkpoint has it: stored once, under the name that PEFT gave it, the head as an alias.
+        state = {n: tensor for n, tensor in model.state_dict().items() if not n.endswith("lm_head.weight")}
+        plain = [
+            n for n in state if n.endswith(("embed_tokens.base_layer.weight", "embed_tokens.original_module.weight"))
+        ]
+        dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        source = replace(open_source(tmp_path / "dcp"), aliases={"base_model.model.lm_head.weight": plain[0]})
+        merge.merge_own(source, tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()
