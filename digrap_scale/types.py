@@ -11,6 +11,8 @@ import torch
 Slices = Callable[[str, int, int], torch.Tensor]
 WEIGHTS = "model."  # what the key of a weight begins with in a checkpoint
 IGNORED = -100  # torch's and transformers' label of a token that carries no loss
+# PEFT's `init_lora_weights` that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ …) move a part of it.
+PLAIN_LORA_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 SHARED_ELEMENTS = 1 << 16  # a replicated tensor below is one rank's alone to write
 
 

@@ -20,6 +20,7 @@ from digrap_scale.checkpoint.formats.adapter import CONFIG, read_config
 from digrap_scale.checkpoint.formats.base import LazyTensor, Source
 from digrap_scale.errors import CheckpointError
 from digrap_scale.file_names import names_by_config
+from digrap_scale.types import PLAIN_LORA_STARTS
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -39,8 +40,6 @@ _REFUSED = (
     "alora_invocation_tokens",
     "megatron_config",
 )
-# Initialisations that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ ...) take something out of it.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _config(path: Path) -> dict[str, Any]:
         if config.get(key):
             raise CheckpointError(f"{path}: {key}: {config[key]!r} cannot be merged here; {advice}")
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
+    if start not in PLAIN_LORA_STARTS:
         raise CheckpointError(
             f"{path}: init_lora_weights: {start!r} changes the base's weights, so the stored ones do not fit; {advice}"
         )

@@ -178,21 +178,24 @@ class Saver:
 
     def _remove_old(self, newest: int) -> None:
         """Keep the newest ``keep_last`` up to this one, and every ``keep_every_steps``-th; no save that did not end, nor a
-        removal that did not."""
+        removal that did not. What cannot be removed (open files on NFS) is tried again after the next save."""
         settings = self._settings
         found = layout.found_steps(self._run_folder)
         committed = [step for step, path in found.items() if step <= newest and layout.is_committed(path)]
         for step in committed[settings.keep_last :]:
             if settings.keep_every_steps is not None and step % settings.keep_every_steps == 0:
                 continue
-            folder = layout.step_folder(self._run_folder, step)
-            with self._saving(folder):
-                (folder / layout.COMMITTED).unlink()  # first: what is half removed is no checkpoint
-                shutil.rmtree(folder)
+            self._remove(layout.step_folder(self._run_folder, step))
         for step, folder in found.items():
             if step < newest and step not in committed:
-                with self._saving(folder):
-                    shutil.rmtree(folder)
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        try:
+            (folder / layout.COMMITTED).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
+            shutil.rmtree(folder)
+        except OSError as error:
+            self._message(f"{folder.name} cannot be removed yet ({error}); tried again after the next save")
 
     def _guarded(self, folder: Path, action: Callable[[], Any]) -> Any:
         """A collective of a library's, whose errors are every rank's already."""

@@ -18,6 +18,10 @@ from digrap_scale.data.shards import check_key
 from digrap_scale.data.tar import IMAGE_EXTENSIONS
 from digrap_scale.errors import ConfigError
 
+# Images that shards do not hold: left out without a word, a class could vanish.
+_OTHER_IMAGES = frozenset(
+    ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "pbm", "pgm", "ppm", "tga", "tif", "tiff")
+)
 _PAIR = "expected human, then gpt (or user, then assistant)"
 
 
@@ -60,7 +64,12 @@ def list_folder(folder: Path) -> tuple[list[Item], list[str]]:
     of_key: dict[str, Path] = {}
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a folder of images")
-    for path in sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in IMAGE_EXTENSIONS):
+    for path in sorted(folder.rglob("*")):
+        extension = path.suffix[1:].lower()
+        if extension in _OTHER_IMAGES:
+            problems.append(f"{path}: expected an image in {', '.join(IMAGE_EXTENSIONS)}; convert it first")
+        if extension not in IMAGE_EXTENSIONS:
+            continue
         name = path.relative_to(folder)
         meta: dict[str, Any] = {"label": name.parts[0]} if len(name.parts) > 1 else {}
         caption = path.with_suffix(".txt")

@@ -17,7 +17,7 @@ from digrap_scale.reference.names import match_names
 from digrap_scale.reference.placement import HeldReference, ReferenceShards
 from digrap_scale.reference.store import SafetensorsReader, check_tied, load_slices
 from digrap_scale.reference.stream import Source, StreamedReference, find_source
-from digrap_scale.types import ShardSpec
+from digrap_scale.types import PLAIN_LORA_STARTS, ShardSpec
 
 DEFAULT_BUFFER_BYTES = 256 << 20
 Reference = str | Path | Mapping[str, torch.Tensor]
@@ -66,6 +66,11 @@ def resolve_reference(
             "reference_placement: 'stream' reads a file, and DoRA's magnitudes have their reference in memory (their first "
             "value); use 'device' or 'cpu'"
         )
+    given = reference if isinstance(reference, Mapping) else {}
+    if str(reference) != "initial" and any(
+        name not in exempt and not any(alias in given for alias in aliases.get(name, [name])) for name in adapters
+    ):
+        _refuse_moved_bases(module)
     others = [s for s in specs if s.name not in adapters and s.name not in magnitudes and s.name not in exempt]
     projected = [spec.name not in exempt for spec in specs]
     if reference is None:
@@ -110,6 +115,19 @@ def resolve_reference(
     if placement == "cpu":
         slices = [None if tensor is None else tensor.cpu() for tensor in slices]
     return HeldReference(slices, placement), projected
+
+
+def _refuse_moved_bases(module: nn.Module) -> None:
+    """Raises: ConfigError: adapters begin at a part of the pre-trained weights, so that zero would be without that part."""
+    for part in module.modules():
+        configs = getattr(part, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            start = getattr(config, "init_lora_weights", True)
+            if start not in PLAIN_LORA_STARTS:
+                raise ConfigError(
+                    f"reference: adapter {name!r} begins at a part of the pre-trained weights (init_lora_weights: {start!r}), "
+                    "and its reference would be zero, the model without that part; pass reference='initial'"
+                )
 
 
 def _stream(

@@ -122,6 +122,21 @@ def test_saves_and_removals_that_did_not_end_go(tmp_path: Path) -> None:
     assert list(layout.found_steps(tmp_path)) == [50, 40, 20]
 
 
+def test_what_cannot_be_removed_yet_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open files stay on NFS as .nfs…, and their folder with them: told, and tried again after the next save."""
+    save(tmp_path, 10, 20, keep_last=1)
+    told: list[str] = []
+    one = Saver(tmp_path, CheckpointConfig(keep_last=1), Ranks(), told.append)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: os.rmdir(folder))  # not empty
+    one.save(contents(30))
+    assert told[-1].startswith("step-20 cannot be removed yet") and "tried again after the next save" in told[-1]
+    assert find_checkpoint(tmp_path, "auto")[0] == layout.step_folder(tmp_path, 30)
+    monkeypatch.undo()
+    one.save(contents(40))
+    one.close()
+    assert list(layout.found_steps(tmp_path)) == [40]
+
+
 @pytest.mark.parametrize("limit", [2_000, 40_000])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_disk_full(limit: int, asynchronous: bool, tmp_path: Path) -> None:

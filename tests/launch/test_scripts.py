@@ -35,7 +35,7 @@ def test_is_sound_shell(script: Path) -> None:
 def slurm(tmp_path: Path, status: int, *arguments: str, **variables: str) -> tuple[int, dict[str, str]]:
     """The job's exit code where its tasks end with ``status``, and what was noted: stand-ins for SLURM's own programs."""
     programs = {
-        "srun": f'echo "$2" > "$NOTED.kill"; shift 2; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"; exit {status}',
+        "srun": f'echo "$3" > "$NOTED.kill"; shift 3; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"; exit {status}',
         "scontrol": 'case $1 in show) printf "n7\\nn8\\n";; *) echo "$@" >> "$NOTED";; esac',
         "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" > "$NOTED.task"',
     }

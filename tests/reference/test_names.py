@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import digrap_scale
-from digrap_scale.errors import CheckpointError
+from digrap_scale.errors import CheckpointError, ConfigError
 from digrap_scale.reference.names import match_names, tied_aliases
 from digrap_scale.reference.store import SafetensorsReader
 from digrap_scale.types import ShardSpec
@@ -160,6 +160,20 @@ def test_peft_model_finds_the_modules_it_trains_in_full(tmp_path: Path) -> None:
     kept = {spec.name: r for spec, r in zip(projector.backend.specs, projector._reference.slices_L, strict=True)}
     assert torch.equal(kept["base_model.model.classifier.modules_to_save.default.weight"].view_as(head), head)
     assert [name for name, r in kept.items() if r is None] == [name for name in kept if "lora_" in name] != []
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_hold_a_part_of_the_weights_are_not_held_at_zero(start: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    save_file(base.state_dict(), tmp_path / "model.safetensors")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=start))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for reference in (None, "zero", tmp_path):
+        with pytest.raises(ConfigError, match=f"init_lora_weights: '{start}'.*pass reference='initial'"):
+            digrap_scale.attach(model, optimizer, reference=reference)
+    digrap_scale.attach(model, optimizer, reference="initial")
 
 
 def test_what_we_use_of_transformers() -> None:

@@ -250,11 +250,14 @@ def test_files_that_cannot_be_used(photos: Path, tmp_path: Path, capsys: pytest.
     (photos / "cat" / "broken.png").symlink_to("nowhere.png")
     (photos / "dog" / "folder.png").mkdir()
     (photos / "dog" / "v1_0.png").write_bytes(encoded())
+    (photos / "owl").mkdir()
+    (photos / "owl" / "v1.TIFF").write_bytes(b"II*")  # its class would vanish
     assert run("folder", photos, tmp_path / "out") == 2
     printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == 5 and printed[0].startswith(f"{photos}/cat/broken.png: image") and "is missing" in printed[0]
+    assert len(printed) == 6 and printed[0].startswith(f"{photos}/cat/broken.png: image") and "is missing" in printed[0]
     assert "v1.1.PNG: its caption v1.1.txt cannot be read as UTF-8 text" in printed[1]
     assert "folder.png is no file" in printed[2] and "key 'dog/v1_0' comes 2 times" in printed[3]
+    assert "owl/v1.TIFF: expected an image in webp, jpg, jpeg, png; convert it first" in printed[4]
     assert run("folder", photos, tmp_path / "out", "--skip-bad") == 0
     assert len(read(tmp_path / "out")) == 9
     assert run("folder", photos, tmp_path / "out", "--shard-mb", "0") == 2
