@@ -119,8 +119,9 @@ class DigrapCallback(TrainerCallback):
         """Write the method's state into the Trainer's checkpoint. Collective. Raises: SaveError, CheckpointError."""
         if self.projector is None:
             return
-        gathered, norms = self.projector.state_dict(), _weight_norms(self.projector.backend)
-        if not state.is_world_process_zero and not (args.save_on_each_node and state.is_local_process_zero):
+        writes = state.is_world_process_zero or (args.save_on_each_node and state.is_local_process_zero)
+        gathered, norms = self.projector.state_dict(keep=writes), _weight_norms(self.projector.backend)
+        if not writes:
             return
         folder = _checkpoint(args, state)
         if not (folder / _TRAINER_STATE).is_file():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from digrap_scale.method import statistics as S
-from digrap_scale.method.kernels import Kernels, device_rows, displacement
+from digrap_scale.method.kernels import Kernels, device_rows, displacement, send
 from digrap_scale.method.native import KINDS, NativeKernels
 from digrap_scale.types import ShardSpec, ShardView
 
@@ -178,7 +178,7 @@ def add_displacement_(
             # The multi-tensor form that torch's own optimizers step with: one launch for the pack, not one a layer.
             if scale != 1.0:
                 torch._foreach_mul_(targets, scale)
-            here = torch.tensor([active_factors[row] for row in pack.layers], dtype=torch.float32, device=d.device)
+            here = send(torch.tensor([active_factors[row] for row in pack.layers], dtype=torch.float32), d.device)
             torch._foreach_add_(targets, pack.pieces(d.mul_(pack.spread(here))))
             continue
         for tensor, piece, row in zip(targets, pack.pieces(d), pack.layers, strict=True):

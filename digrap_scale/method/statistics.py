@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from digrap_scale.method.kernels import Kernels, device_rows, displacement, large_from, pack_size
+from digrap_scale.method.kernels import Kernels, device_rows, displacement, large_from, pack_size, send
 from digrap_scale.method.native import NativeKernels
 from digrap_scale.types import ShardView
 
@@ -67,12 +67,15 @@ class Pack:
 
     def spread(self, numbers: torch.Tensor) -> torch.Tensor:
         """A number a layer ([layers, …]), repeated for each of its elements and what fills them up."""
-        return numbers.repeat_interleave(self.rows(numbers.device) * PACK_ROW, dim=0)
+        size = (
+            sum(-(-length // PACK_ROW) for length in self.lengths) * PACK_ROW
+        )  # told: else the device is asked, and waited for
+        return numbers.repeat_interleave(self.rows(numbers.device) * PACK_ROW, dim=0, output_size=size)
 
     def rows(self, device: torch.device) -> torch.Tensor:
         """How many rows each layer has."""
         if self._rows is None:
-            self._rows = torch.tensor([-(-length // PACK_ROW) for length in self.lengths], device=device)
+            self._rows = send(torch.tensor([-(-length // PACK_ROW) for length in self.lengths]), device)
         return self._rows
 
     def previous(self, weight: torch.Tensor) -> torch.Tensor | None:
@@ -80,7 +83,7 @@ class Pack:
         if self.views[0].moments is None:
             return self.gather("previous")
         moments = [view.moments for view in self.views if view.moments is not None]
-        factors = torch.tensor([one.factors for one in moments], dtype=torch.float32, device=weight.device)
+        factors = send(torch.tensor([one.factors for one in moments], dtype=torch.float32), weight.device)
         if len({one.factors for one in moments}) == 1:
             shrink, step_size, second_scale, eps = factors[0].unbind()
         else:
@@ -92,7 +95,8 @@ class Pack:
     def sums(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """⟨a, b⟩ of each layer: [layers of the pack] float64; float32 within rows."""
         of_rows = (a * b).view(-1, PACK_ROW).sum(1).double()
-        return torch.segment_reduce(of_rows, "sum", lengths=self.rows(a.device))
+        # `unsafe`: lengths that are ours need no check, which would wait for the device.
+        return torch.segment_reduce(of_rows, "sum", lengths=self.rows(a.device), unsafe=True)
 
 
 def pack_small(views: Sequence[ShardView]) -> tuple[list[int], list[Pack]]:
@@ -148,7 +152,7 @@ def gradient_statistics(views: Sequence[ShardView], kernels: Kernels, *, with_pr
         stats_LK = _gradient_statistics(views, kernels, with_previous)
     scales = [view.grad_scale for view in views]
     if any(scale != 1.0 for scale in scales):
-        scale_L = torch.tensor(scales, dtype=torch.float64, device=stats_LK.device)
+        scale_L = send(torch.tensor(scales, dtype=torch.float64), stats_LK.device)
         stats_LK[:, GRAD_DISPLACEMENT] *= scale_L
         stats_LK[:, GRAD_PREVIOUS] *= scale_L
         stats_LK[:, GRAD_SQ] *= scale_L**2
@@ -170,9 +174,8 @@ def _gradient_statistics(views: Sequence[ShardView], kernels: Kernels, with_prev
             view.grad, view.weight, view.reference, previous, view.projected, moments, factors.get(row)
         )
     for pack in packs:
-        stats_LK.index_add_(
-            0, torch.tensor([rows[row] for row in pack.layers], device=device), _of_pack(pack, with_previous)
-        )
+        index = send(torch.tensor([rows[row] for row in pack.layers]), device)
+        stats_LK.index_add_(0, index, _of_pack(pack, with_previous))
     return stats_LK
 
 

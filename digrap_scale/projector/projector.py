@@ -281,12 +281,13 @@ class Projector:
             spec.name: values[layer] for layer, spec in enumerate(self.backend.specs) if bool(self._projected_L[layer])
         }
 
-    def state_dict(self, *, gathered: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, gathered: bool = True, keep: bool = True) -> dict[str, Any]:
         """Everything that a resumed run needs, by parameter name: independent of world size and backend.
 
         Under sharding this is a collective: all ranks call it, and the weights before the last step (kept by methods that
-        look back at them) are gathered into full float tensors on the CPU. With ``gathered=False`` it is none, and they
-        are this rank's flat parts, aliased.
+        look back at them) are gathered into full float tensors on the CPU, all of them on every rank: a whole model's size.
+        A rank that writes nothing passes ``keep=False`` and holds one of them at a time. With ``gathered=False`` it is no
+        collective, and they are this rank's flat parts, aliased.
         """
         names = [spec.name for spec in self.backend.specs]
         scalars, layers = {}, {}
@@ -295,7 +296,7 @@ class Projector:
                 layers[key] = dict(zip(names, value.unbind(), strict=True))
             else:
                 scalars[key] = value
-        before = {"previous": {}, "last_step": {}} if self._previous is None else self._previous.state(gathered)
+        before = {"previous": {}, "last_step": {}} if self._previous is None else self._previous.state(gathered, keep)
         return {
             "method": self.method.name,
             "step": self.report.step,

@@ -53,14 +53,17 @@ class KeptWeights:
         """The shards that are kept."""
         return [kept for kept in self._kept_L if kept is not None]
 
-    def state(self, gathered: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    def state(self, gathered: bool = True, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
         """By parameter name: the weights before the last step. ``gathered``: full, on the CPU, collective under sharding;
-        else this rank's parts."""
-        specs = self._backend.specs
-        kept_L = {i: kept for i, kept in enumerate(self._kept_L) if kept is not None}
-        if gathered:
-            kept_L = {i: self._backend.gather(i, kept).cpu() for i, kept in kept_L.items()}
-        return {"previous": {specs[i].name: kept for i, kept in kept_L.items()}, "last_step": {}}
+        else this rank's parts. Without ``keep`` this rank takes part in the gathering, and lets each go."""
+        found = {}
+        for layer, kept in enumerate(self._kept_L):
+            if kept is None:
+                continue
+            whole = self._backend.gather(layer, kept) if gathered else kept
+            if keep:
+                found[self._backend.specs[layer].name] = whole.cpu() if gathered else whole
+        return {"previous": found, "last_step": {}}
 
     def load(self, state: Mapping[str, Mapping[str, torch.Tensor]], gathered: bool = True) -> None:
         """The inverse of ``state``.
@@ -153,7 +156,7 @@ class RecomputedWeights:
         """Nothing."""
         return []
 
-    def state(self, gathered: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    def state(self, gathered: bool = True, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
         """By parameter name: the settings of the layer's last step, [6] float64."""
         names = [spec.name for spec in self._backend.specs]
         return {"previous": {}, "last_step": dict(zip(names, self._settings_LS.clone().unbind(), strict=True))}
