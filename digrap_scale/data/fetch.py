@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import subprocess
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,23 @@ def _fetch(remote: Remote, place: Path, sha256: str | None) -> None:
             raise ConfigError(
                 f"shards {remote.source!r}: cannot be fetched: exit {done.returncode}{''.join(f', {line}' for line in said[-1:])}"
             )
-        found = None if sha256 is None else sha256_of(Path(target.name))
+        if sha256 is None:
+            if place.suffix == ".tar":
+                _refuse_other_than_tar(remote, Path(target.name))
+            return
+        found = sha256_of(Path(target.name))
         if found != sha256:
             raise ConfigError(
                 f"shards {remote.source!r}: expected sha256 {sha256} by its manifest, found {found}; fetch anew"
             )
+
+
+def _refuse_other_than_tar(remote: Remote, path: Path) -> None:
+    """Raises: ConfigError: a server's page in place of a shard, say, which would be kept as one (curl without -f ends well)."""
+    try:
+        with tarfile.open(path, mode="r:"):
+            return
+    except (OSError, tarfile.TarError):
+        with path.open("rb") as file:
+            begin = file.read(40)
+    raise ConfigError(f"shards {remote.source!r}: cannot be fetched: expected a plain tar file, found {begin!r}…")

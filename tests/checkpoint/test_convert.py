@@ -382,3 +382,19 @@ def test_overlapping_parts_are_refused(tmp_path: Path) -> None:
     ]
     with pytest.raises(CheckpointError, match=r"parts at \[0, 0\] and \[1, 0\] overlap"):
         boxed("t", (5, 2), torch.float32, parts, Files())
+
+
+def test_a_small_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not taken for an output that cannot be written."""
+    make_vlm("clip").save_pretrained(tmp_path / "hf")
+    opened = Path.open
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        if path == tmp_path / "hf" / "config.json" and args == ("rb",):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match="hf/config.json: cannot be read .Permission denied"):
+        convert(tmp_path / "hf", tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()

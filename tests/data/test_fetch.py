@@ -96,6 +96,9 @@ def test_failures_are_named_and_leave_nothing(origin: Path, tmp_path: Path) -> N
         local_copies([f"pipe:cat {origin}/gone-1.tar"], cache)
     with pytest.raises(ConfigError, match="p-000000.tar; exit 7': cannot be fetched: exit 7"):  # after all of its bytes
         local_copies([f"pipe:cat {origin}/p-000000.tar; exit 7"], cache)
+    page = "a.tar.: cannot be fetched: expected a plain tar file, found b'<html>503"
+    with pytest.raises(ConfigError, match=page):  # curl without -f ends well
+        local_copies(["pipe:echo '<html>503 Service Unavailable</html>'; : a.tar"], cache)
     assert not [path for path in cache.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match="data.cache_folder: .*file: cannot be written"):
@@ -124,16 +127,19 @@ def test_a_manifest_puts_nothing_into_a_shell(origin: Path, tmp_path: Path) -> N
         local_copies(patterns_of(origin, tmp_path), tmp_path / "cache")
 
 
-def test_curl_gets_the_address_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curl_gets_the_address_as_it_is(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one argument of a program, never through a shell."""
     program = tmp_path / "bin" / "curl"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\nfor last; do :; done\nprintf "%s" "$last"\n')
+    program.write_text(
+        f'#!/bin/sh\nfor last; do :; done\nprintf "%s" "$last" > {tmp_path}/got\ncat {origin}/p-000000.tar\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     address = "https://host/a.tar?token=$(touch stolen);x"
     (copy,) = local_copies([address], tmp_path / "cache")
-    assert Path(copy).read_text() == address
+    assert (tmp_path / "got").read_text() == address
+    assert Path(copy).read_bytes() == (origin / "p-000000.tar").read_bytes()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="cannot be fetched: no program curl"):
         local_copies(["https://host/b.tar"], tmp_path / "cache")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from digrap_scale.checkpoint.atomic import save_error
 from digrap_scale.checkpoint.formats.base import Box, Files, LazyTensor, Source, WriteOptions, boxed, bytes_of
+from digrap_scale.errors import CheckpointError
 from digrap_scale.safetensors_file import STEM, Entry, header_bytes, read_headers
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".lock", ".distcp"}
@@ -103,6 +104,10 @@ def copy_companions(source: Path | None, folder: Path, left_out: Sequence[str] =
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in _WEIGHTS or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
         if path.is_file() and not is_weight and not path.name.startswith(".") and path.name not in left_out:
+            try:
+                path.open("rb").close()
+            except OSError as error:  # apart from what cannot be written
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
             shutil.copyfile(path, folder / path.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
