@@ -221,6 +221,12 @@ def test_pictures_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert written and written == {path.name: path.read_bytes() for path in (DOCS / "figures").glob("*.svg")}
 
 
+def test_the_evidence_shows_the_study_s_own_picture() -> None:
+    """The site cannot reach beyond docs/: a copy."""
+    own = ROOT / "benchmarks" / "robustness" / "results" / "pictograms" / "rates.png"
+    assert (DOCS / "figures" / "rates.png").read_bytes() == own.read_bytes()
+
+
 def test_every_page_is_in_the_navigation() -> None:
     """mkdocs itself checks links and anchors (`make docs`); this is the part that needs no mkdocs."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
