@@ -67,9 +67,8 @@ class Pack:
 
     def spread(self, numbers: torch.Tensor) -> torch.Tensor:
         """A number a layer ([layers, …]), repeated for each of its elements and what fills them up."""
-        size = (
-            sum(-(-length // PACK_ROW) for length in self.lengths) * PACK_ROW
-        )  # told: else the device is asked, and waited for
+        # The size is told: else the device is asked for it, and waited for.
+        size = sum(-(-length // PACK_ROW) for length in self.lengths) * PACK_ROW
         return numbers.repeat_interleave(self.rows(numbers.device) * PACK_ROW, dim=0, output_size=size)
 
     def rows(self, device: torch.device) -> torch.Tensor:
