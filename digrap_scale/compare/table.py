@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -198,15 +198,18 @@ def markdown(table: Table, baseline: str) -> str:
         head,
         rule,
     ]
-    for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True):
-        if name != baseline:
-            lines.append(f"| {_plain(name)} | {seeds} | " + " | ".join(cell.difference_text for cell in line) + " |")
+
+    def against_baseline(text: Callable[[Cell], str]) -> list[str]:
+        return [
+            f"| {_plain(name)} | {seeds} | {' | '.join(map(text, line))} |"
+            for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True)
+            if name != baseline
+        ]
+
+    lines += against_baseline(lambda cell: cell.difference_text)
     if has_domains(table):
         lines += ["", f"{BESIDE[0].upper()}{BESIDE[1:]}:", "", head, rule]
-        for name, seeds, line in zip(table.rows, table.seeds, table.cells, strict=True):
-            if name != baseline:
-                intervals = " | ".join(cell.domains_text or "–" for cell in line)
-                lines.append(f"| {_plain(name)} | {seeds} | {intervals} |")
+        lines += against_baseline(lambda cell: cell.domains_text or "–")
     return "\n".join(lines) + "\n"
 
 

@@ -68,14 +68,17 @@ class Pack:
     def spread(self, numbers: torch.Tensor) -> torch.Tensor:
         """A number a layer ([layers, …]), repeated for each of its elements and what fills them up."""
         # The size is told: else the device is asked for it, and waited for.
-        size = sum(-(-length // PACK_ROW) for length in self.lengths) * PACK_ROW
+        size = sum(self._row_counts()) * PACK_ROW
         return numbers.repeat_interleave(self.rows(numbers.device) * PACK_ROW, dim=0, output_size=size)
 
     def rows(self, device: torch.device) -> torch.Tensor:
         """How many rows each layer has."""
         if self._rows is None:
-            self._rows = send(torch.tensor([-(-length // PACK_ROW) for length in self.lengths]), device)
+            self._rows = send(torch.tensor(self._row_counts()), device)
         return self._rows
+
+    def _row_counts(self) -> list[int]:
+        return [-(-length // PACK_ROW) for length in self.lengths]
 
     def previous(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The weights before the last step, kept or computed again from Adam's moments (None if neither is there)."""

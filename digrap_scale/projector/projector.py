@@ -20,6 +20,7 @@ from digrap_scale.errors import CheckpointError
 from digrap_scale.method import statistics as S
 from digrap_scale.method.adam import adam_
 from digrap_scale.method.base import Method, RowMethod
+from digrap_scale.method.kernels import send
 from digrap_scale.projector.early import EarlyStatistics
 from digrap_scale.projector.layers import LayerCounts
 from digrap_scale.projector.report import StepReport
@@ -132,7 +133,7 @@ class Projector:
             len(views), S.GRADIENT_STATISTICS, dtype=torch.float64, device=views[0].weight.device if views else None
         )
         for pieces, parts in self._walk(views, rest):
-            rows = torch.tensor([piece.layer for piece in pieces], device=stats_LK.device)
+            rows = send(torch.tensor([piece.layer for piece in pieces]), stats_LK.device)
             stats_LK.index_add_(0, rows, self.method.statistics(parts))
         if self._early is not None:
             stats_LK[list(early)] = self._early.take(early)
@@ -184,7 +185,7 @@ class Projector:
         device = next(iter(views.values())).weight.device
         stats_LK = torch.zeros(len(views), S.UPDATE_STATISTICS, dtype=torch.float64, device=device)
         for pieces, parts in self._walk(views, list(views)):
-            rows = torch.tensor([row[piece.layer] for piece in pieces], device=device)
+            rows = send(torch.tensor([row[piece.layer] for piece in pieces]), device)
             stats_LK.index_add_(0, rows, self.method.update_statistics(parts))
         self.backend.reduce_(stats_LK, list(views))
         stats_LK = stats_LK.cpu()
